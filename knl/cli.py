@@ -1,0 +1,193 @@
+"""The `knl` command: parses, calls, prints. Nothing heavy is imported before it is needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn, Optional
+
+import typer
+
+from knl import __version__
+from knl.comm.world import Provider, World, world_from
+from knl.errors import FailedError, InputError, KnlError
+
+app = typer.Typer(
+    name="knl",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Trains ImageNet-class networks with LARS on CPU clusters.",
+)
+
+
+def main() -> None:
+    """Entry point: every KnlError ends as one line on stderr and its exit code."""
+    try:
+        app()
+    except KnlError as error:
+        _fail(str(error), error.exit_code, shared=error.shared)
+    except KeyboardInterrupt:
+        _fail("interrupted", FailedError.exit_code, shared=False)
+    except Exception as error:
+        if "KNL_TRACEBACK" in os.environ:
+            raise
+        kind, text = type(error).__name__, " ".join(str(error).split())
+        _fail(
+            f"internal error, please report it: {kind}: {text} (KNL_TRACEBACK=1 shows where)",
+            FailedError.exit_code,
+            shared=False,
+        )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"knl {__version__}")
+        raise typer.Exit
+
+
+# Defaults carry the options, as Typer on Python 3.9 does not see Annotated behind a deferred
+# annotation.
+@app.callback()
+def _knl(
+    version: bool = typer.Option(
+        False, "--version", callback=_print_version, is_eager=True, help="Print the version."
+    ),
+) -> None:
+    pass
+
+
+@app.command()
+def train(
+    recipe: Optional[str] = typer.Argument(None, help="Name of a recipe, or path of a TOML file."),
+    overrides: list[str] = typer.Option(
+        [], "--set", metavar="KEY=VALUE", help="Override a key of the recipe; repeatable."
+    ),
+    run_dir: Optional[Path] = typer.Option(
+        None, help="Folder to write into; runs/RECIPE-TIME if not given."
+    ),
+    ranks: Optional[int] = typer.Option(None, "-n", min=1, help="Ranks to start on this host."),
+    provider: Provider = typer.Option(
+        "auto", help="Collectives; auto takes the first that works and says which."
+    ),
+    as_json: bool = typer.Option(
+        False, "--json", help="Print the result as one JSON object on stdout."
+    ),
+    list_recipes: bool = typer.Option(
+        False, "--list", help="List the recipes that come with knl."
+    ),
+    print_recipe: bool = typer.Option(
+        False, "--print", help="Print the recipe as resolved, and stop."
+    ),
+) -> None:
+    """Train a recipe.
+
+    Example: knl train digits -n 2 --set train.epochs=10
+
+    Under srun --mpi=pmi2, ibrun, mpiexec or torchrun the same command without -n becomes the rank
+    that it is; use one of those for several hosts.
+    """
+    from knl.config import load_recipe, recipe_names, to_toml
+
+    if list_recipes:
+        print("\n".join(recipe_names()))
+        return
+    if recipe is None:
+        raise InputError("which recipe? knl train --list names those that come with knl")
+    if print_recipe:
+        print(to_toml(load_recipe(recipe, overrides)), end="")
+        return
+    world = world_from(os.environ)
+    if ranks is not None and world.launcher != "single":
+        raise InputError(
+            f"-n {ranks}: this is already rank {world.rank} of {world.size} of a launch by "
+            f"{world.launcher}; leave -n out here, or start knl without a launcher",
+            shared=True,
+        )
+    if ranks is None or ranks == 1:
+        _train_as_rank(world, recipe, overrides, run_dir, provider, as_json)
+    else:
+        _train_as_launcher(ranks, recipe, overrides, run_dir, provider, as_json)
+
+
+def _train_as_launcher(
+    ranks: int,
+    recipe: str,
+    overrides: Sequence[str],
+    run_dir: Path | None,
+    provider: str,
+    as_json: bool,
+) -> None:
+    """Refuse what can be refused before anything starts, then start the ranks."""
+    from knl.config import load_recipe, require_ranks_fit
+    from knl.launch import launch
+
+    require_ranks_fit(load_recipe(recipe, overrides), ranks)
+    arguments = ["train", recipe, "--provider", provider]
+    for override in overrides:
+        arguments += ["--set", override]
+    if run_dir is not None:
+        arguments += ["--run-dir", str(run_dir)]
+    if as_json:
+        arguments.append("--json")
+    columns = shutil.get_terminal_size().columns if sys.stderr.isatty() else None
+    raise typer.Exit(launch(ranks, arguments, columns))
+
+
+def _train_as_rank(
+    world: World,
+    recipe: str,
+    overrides: Sequence[str],
+    run_dir: Path | None,
+    provider: str,
+    as_json: bool,
+) -> None:
+    if world.uses_mpi:
+        from knl.launch import become_ready
+
+        become_ready()
+    from knl.comm.bootstrap import open_bootstrap
+    from knl.train.job import run_job
+
+    with _stdout_reserved() as report:
+        bootstrap = open_bootstrap(world)
+        result = run_job(world, bootstrap, recipe, overrides, run_dir, provider)
+        if as_json and result is not None:
+            report(result)
+
+
+@contextmanager
+def _stdout_reserved() -> Iterator[Any]:
+    """Send what libraries print to stderr; yields the function that prints one object to stdout."""
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield lambda result: os.write(stdout, json.dumps(result).encode() + b"\n")
+    finally:
+        sys.stdout.flush()
+        os.dup2(stdout, 1)
+        os.close(stdout)
+
+
+def _fail(message: str, code: int, *, shared: bool) -> NoReturn:
+    """One line, then the end: an orderly one where every rank fails alike, else by taking the other
+    ranks down, who would wait for this one."""
+    try:
+        world = world_from(os.environ)
+    except KnlError:
+        world = World(0, 1, 0, 1, "single")
+    if world.rank == 0 or not shared:
+        who = f"rank {world.rank}: " if world.size > 1 and not shared else ""
+        print(f"knl: {who}{message}", file=sys.stderr, flush=True)
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is not None and world.size > 1 and not shared:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the line above says more than MPI's own
+        mpi.COMM_WORLD.Abort(code)
+    sys.exit(code)

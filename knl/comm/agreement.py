@@ -1,0 +1,69 @@
+"""Do all ranks hold the same model? Compared by checksums, told by the tensor's name."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from knl.comm.collectives import Ranks, allreduce_numbers
+from knl.errors import FailedError
+
+Named = Sequence[tuple[str, torch.Tensor]]
+
+
+def flat(tensor: torch.Tensor) -> torch.Tensor:
+    """A dense tensor's memory as one dimension, without a copy, whatever its dimension order."""
+    return tensor.detach().as_strided((tensor.numel(),), (1,), tensor.storage_offset())
+
+
+def checksums(named: Named) -> list[int]:
+    """CRC-32 of each tensor's bytes, in memory order."""
+    return [zlib.crc32(memoryview(flat(tensor).numpy()).cast("B")) for _, tensor in named]
+
+
+def combined(values: Iterable[int]) -> str:
+    """One checksum of many, as eight hexadecimal digits."""
+    return f"{zlib.crc32(repr(list(values)).encode()):08x}"
+
+
+def require_same_layout(ranks: Ranks, named: Named, timeout: float) -> None:
+    """Raise FailedError on every rank, naming the first tensor whose name, shape, strides or type
+    differs from rank 0's. Called before the first collective on the model's own memory."""
+    layouts = [
+        zlib.crc32(f"{name} {tuple(t.shape)} {t.stride()} {t.dtype}".encode()) for name, t in named
+    ]
+    _require_same(ranks, ["the number of tensors"], [len(named)], "the models differ", timeout)
+    _require_same(ranks, [name for name, _ in named], layouts, "the models differ", timeout)
+
+
+def require_same_weights(ranks: Ranks, named: Named, when: str, timeout: float) -> str:
+    """Raise FailedError on every rank, naming the first tensor whose bytes differ from rank 0's,
+    and the ranks that differ. Returns the checksum of all weights."""
+    values = checksums(named)
+    _require_same(ranks, [name for name, _ in named], values, f"the weights {when} differ", timeout)
+    return combined(values)
+
+
+def _require_same(
+    ranks: Ranks, labels: Sequence[str], values: Sequence[int], what: str, timeout: float
+) -> None:
+    if ranks.world.size == 1:
+        return
+    first = torch.tensor(list(values), dtype=torch.int64)
+    ranks.collectives.broadcast(first, root=0)
+    differing = [i for i, value in enumerate(first.tolist()) if value != values[i]]
+    # Each rank reports the number of its first differing tensor, counted from 1, in its own place.
+    found = [0.0] * ranks.world.size
+    found[ranks.world.rank] = float(differing[0] + 1) if differing else 0.0
+    found = allreduce_numbers(ranks.collectives, found, timeout)
+    wrong = [rank for rank, number in enumerate(found) if number]
+    if wrong:
+        label = labels[int(min(found[rank] for rank in wrong)) - 1]
+        listed = ", ".join(map(str, wrong[:8])) + (" ..." if len(wrong) > 8 else "")
+        raise FailedError(
+            f"{what} between rank 0 and rank(s) {listed}, first in {label}: "
+            "check that all nodes run the same version, then restart from the last checkpoint",
+            shared=True,
+        )

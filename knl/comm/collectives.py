@@ -1,0 +1,150 @@
+"""Collectives over all ranks, behind one small interface with four providers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, get_args
+
+import torch
+
+from knl.comm.bootstrap import Bootstrap
+from knl.comm.world import Provider, World
+from knl.errors import FailedError
+
+PROVIDERS = tuple(name for name in get_args(Provider) if name != "auto")
+
+
+class ProviderUnavailable(Exception):  # noqa: N818  a reason, not an error
+    """Why a provider cannot be used here."""
+
+
+class Handle(Protocol):
+    """A collective under way."""
+
+    def test(self) -> bool:
+        """Whether it is done; lets it go on."""
+
+    def wait(self, timeout: float) -> None:
+        """Return when done. Raises CollectiveTimeoutError after `timeout` seconds."""
+
+
+class Collectives(Protocol):
+    """One provider, open over all ranks. Tensors are dense: float32, float64, int32 or int64."""
+
+    name: str
+    version: str
+
+    def allreduce(self, tensor: torch.Tensor) -> Handle:
+        """Start summing `tensor` over the ranks, in place. Every rank calls in the same order."""
+
+    def broadcast(self, tensor: torch.Tensor, root: int) -> None:
+        """Overwrite `tensor` with rank `root`'s."""
+
+    def barrier(self) -> None:
+        """Return when every rank has come here."""
+
+    def close(self) -> None:
+        """Free what the provider holds. Call before MPI ends."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The open world: who am I, the collectives, and why the providers before it were not taken."""
+
+    world: World
+    collectives: Collectives
+    passed_over: tuple[str, ...] = ()
+
+    @property
+    def provider(self) -> str:
+        return self.collectives.name
+
+    def describe(self) -> str:
+        """One line for the log: the provider, its version, and why not those before it."""
+        line = f"{self.world.size} rank(s) over {self.provider} {self.collectives.version}".rstrip()
+        return "; ".join([line, *(f"not {reason}" for reason in self.passed_over)])
+
+
+class Alone:
+    """A world of one: everything is done at once."""
+
+    name = "single"
+    version = ""
+
+    def allreduce(self, tensor: torch.Tensor) -> Handle:
+        return self
+
+    def test(self) -> bool:
+        return True
+
+    def wait(self, timeout: float) -> None:
+        return
+
+    def broadcast(self, tensor: torch.Tensor, root: int) -> None:
+        return
+
+    def barrier(self) -> None:
+        return
+
+    def close(self) -> None:
+        return
+
+
+def open_ranks(world: World, bootstrap: Bootstrap, provider: str, timeout: float) -> Ranks:
+    """Open `provider`, or with "auto" the first of PROVIDERS that works on every rank.
+
+    `timeout`: seconds after which gloo and torch_ccl give a collective up.
+    Raises FailedError when the provider asked for, or every provider, is unavailable.
+    """
+    if world.size == 1:
+        return Ranks(world, Alone())
+    reasons: list[str] = []
+    for name in PROVIDERS if provider == "auto" else (provider,):
+        try:
+            collectives = _open_on_all(name, world, bootstrap, timeout)
+        except ProviderUnavailable as reason:
+            reasons.append(f"{name}: {reason}")
+        else:
+            return Ranks(world, collectives, tuple(reasons))
+    raise FailedError(f"no provider works; {'; '.join(reasons)}", shared=True)
+
+
+def _open_on_all(name: str, world: World, bootstrap: Bootstrap, timeout: float) -> Collectives:
+    """Load on every rank, agree that it loaded on all, then open: nobody waits for a rank that
+    cannot come. Raises ProviderUnavailable, on every rank alike."""
+    opener, problem = None, ""
+    try:
+        opener = _load(name, world, bootstrap, timeout)
+    except ProviderUnavailable as reason:
+        problem = str(reason)
+    problems = bootstrap.gather(problem)
+    for rank, text in enumerate(problems):
+        if text:
+            raise ProviderUnavailable(text if all(problems) else f"rank {rank}: {text}")
+    assert opener is not None  # it loaded here, or there was a problem
+    return opener()
+
+
+def _load(
+    name: str, world: World, bootstrap: Bootstrap, timeout: float
+) -> Callable[[], Collectives]:
+    """Import the provider's libraries; return what opens it."""
+    if name == "oneccl":
+        from knl.comm import oneccl
+
+        return oneccl.load(world, bootstrap)
+    if name == "mpi":
+        from knl.comm import mpi
+
+        return mpi.load(bootstrap)
+    from knl.comm import torch_dist
+
+    return torch_dist.load(name, world, bootstrap, timeout)
+
+
+def allreduce_numbers(collectives: Collectives, numbers: Sequence[float], timeout: float) -> list[float]:
+    """The sums over ranks of a few numbers, in double precision."""
+    tensor = torch.tensor(list(numbers), dtype=torch.float64)
+    collectives.allreduce(tensor).wait(timeout)
+    return tensor.tolist()  # type: ignore[no-any-return]

@@ -1,0 +1,191 @@
+"""Gradients summed over all ranks while backward still runs.
+
+Gradients live in a few flat buckets, in the order in which backward produces them; `p.grad` is a
+view of its bucket, so nothing is copied. A bucket's allreduce starts when its last gradient is
+there. Hooks sit on the AccumulateGrad nodes, which every torch has.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from knl.comm.agreement import Named, flat, require_same_layout
+from knl.comm.collectives import Handle, Ranks
+from knl.errors import CollectiveTimeoutError
+
+
+@dataclass
+class _Bucket:
+    """Gradients of neighbouring parameters in one flat buffer."""
+
+    members: list[int]  # numbers of the parameters
+    buffer: torch.Tensor
+    missing: int = 0  # gradients still to come in this backward
+    handle: Handle | None = field(default=None, repr=False)
+
+
+class GradientSync:
+    """Owns the gradients of `named` parameters and sums them over the ranks.
+
+    A step is: `zero()`; backward of all local lanes but the last; `arm()`; backward of the last
+    lane; `finish()`. In a world of one nothing is hooked and no bucket is made.
+
+    `bucket_bytes`: size at which a bucket is closed; `first_bucket_bytes`: of the first one, small
+    so that communication starts early. `timeout`: seconds to wait for a bucket.
+    Raises FailedError when the ranks' models differ.
+    """
+
+    def __init__(
+        self,
+        named: Named,
+        ranks: Ranks,
+        *,
+        bucket_bytes: int,
+        first_bucket_bytes: int,
+        timeout: float,
+    ) -> None:
+        self.parameters = [parameter for _, parameter in named]
+        self.names = [name for name, _ in named]
+        self.ranks, self.timeout = ranks, timeout
+        self.bucket_bytes, self.first_bucket_bytes = bucket_bytes, first_bucket_bytes
+        self.buckets: list[_Bucket] = []
+        self._arrived: list[int] | None = []  # order of the first backward; None once it is known
+        self._armed = False
+        self._next = 0  # buckets start in order, the same on every rank
+        if ranks.world.size == 1:
+            return
+        for parameter in self.parameters:
+            make_dense(parameter)
+        require_same_layout(ranks, named, timeout)
+        for _, parameter in named:
+            ranks.collectives.broadcast(flat(parameter), root=0)
+        # Until the first backward has shown the order, take the reverse of the definition.
+        self._lay_out(range(len(self.parameters) - 1, -1, -1))
+        self._nodes = [self._hook(number) for number in range(len(self.parameters))]
+
+    def zero(self) -> None:
+        """Clear the gradients for a new step."""
+        if not self.buckets:
+            for parameter in self.parameters:
+                parameter.grad = None
+        for bucket in self.buckets:
+            bucket.buffer.zero_()
+
+    def arm(self) -> None:
+        """The next backward is the step's last: its gradients are complete as they come."""
+        if not self.buckets:
+            return
+        self._armed, self._next = True, 0
+        for bucket in self.buckets:
+            bucket.missing, bucket.handle = len(bucket.members), None
+
+    def finish(self) -> float:
+        """Wait until every bucket is summed. Returns the seconds waited: what overlap left over.
+
+        Parameters that backward did not reach count as zeros (or the earlier lanes' sum).
+        Raises CollectiveTimeoutError naming the bucket.
+        """
+        if not self.buckets:
+            return 0.0
+        start = time.perf_counter()
+        self._armed = False
+        self._start_buckets(complete=True)
+        for number, bucket in enumerate(self.buckets):
+            assert bucket.handle is not None
+            try:
+                bucket.handle.wait(self.timeout)
+            except CollectiveTimeoutError as error:
+                raise CollectiveTimeoutError(
+                    f"gradient bucket {number + 1} of {len(self.buckets)} "
+                    f"(from {self.names[bucket.members[0]]}) on rank {self.ranks.world.rank} of "
+                    f"{self.ranks.world.size}: {error}; a rank is gone, stopped or late "
+                    "(comm.timeout_s sets the limit)"
+                ) from None
+        waited = time.perf_counter() - start
+        if self._arrived is not None:
+            self._adopt_order(self._arrived)
+            self._arrived = None
+        return waited
+
+    def _hook(self, number: int) -> Any:
+        # The node exists as long as somebody holds it, so it is returned to be kept.
+        parameter = self.parameters[number]
+        node = parameter.expand_as(parameter).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+        node.register_hook(lambda *_: self._gradient_ready(number))
+        return node
+
+    def _gradient_ready(self, number: int) -> None:
+        if not self._armed:
+            return
+        if self._arrived is not None:
+            self._arrived.append(number)
+        self._bucket_of[number].missing -= 1
+        self._start_buckets(complete=False)
+
+    def _start_buckets(self, complete: bool) -> None:
+        """Start the next buckets in order, as far as they are full; all when `complete`."""
+        while self._next < len(self.buckets):
+            bucket = self.buckets[self._next]
+            if bucket.missing > 0 and not complete:
+                return
+            bucket.handle = self.ranks.collectives.allreduce(bucket.buffer)
+            self._next += 1
+
+    def _lay_out(self, order: Sequence[int]) -> None:
+        """Make buckets for the parameters in this order and point p.grad into them."""
+        self.buckets = []
+        self._bucket_of: dict[int, _Bucket] = {}
+        for members in self._group(order):
+            size = sum(self.parameters[number].numel() for number in members)
+            bucket = _Bucket(members, torch.zeros(size, dtype=self.parameters[members[0]].dtype))
+            self.buckets.append(bucket)
+            offset = 0
+            for number in members:
+                parameter = self.parameters[number]
+                parameter.grad = bucket.buffer.as_strided(
+                    parameter.size(), parameter.stride(), offset
+                )
+                self._bucket_of[number] = bucket
+                offset += parameter.numel()
+
+    def _group(self, order: Sequence[int]) -> list[list[int]]:
+        """Neighbours in `order`, of one type, up to the size of a bucket."""
+        groups: list[list[int]] = []
+        size, dtype = 0, None
+        for number in order:
+            parameter = self.parameters[number]
+            limit = self.first_bucket_bytes if len(groups) == 1 else self.bucket_bytes
+            if not groups or size >= limit or parameter.dtype != dtype:
+                groups.append([])
+                size, dtype = 0, parameter.dtype
+            groups[-1].append(number)
+            size += parameter.numel() * parameter.element_size()
+        return groups
+
+    def _adopt_order(self, arrived: Sequence[int]) -> None:
+        """Lay the buckets out anew in rank 0's order of arrival, and move the sums over: the
+        optimiser has yet to read them."""
+        seen = set(arrived)
+        order = [*arrived, *(n for n in range(len(self.parameters)) if n not in seen)]
+        numbers = torch.tensor(order, dtype=torch.int64)
+        self.ranks.collectives.broadcast(numbers, root=0)
+        old = [parameter.grad for parameter in self.parameters]
+        self._lay_out(numbers.tolist())
+        for parameter, gradient in zip(self.parameters, old):
+            parameter.grad.copy_(gradient)  # type: ignore[union-attr, arg-type]
+
+
+def make_dense(parameter: torch.Tensor) -> None:
+    """Give a parameter that has holes or overlaps in its memory a dense copy, once."""
+    expected = 1
+    for size, stride in sorted(zip(parameter.shape, parameter.stride()), key=lambda d: (d[1], d[0])):
+        if size > 1 and stride != expected:
+            parameter.data = parameter.data.contiguous()
+            return
+        expected *= size
+

@@ -1,0 +1,62 @@
+"""The mpi provider: MPI's own collectives through mpi4py."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from knl.comm.bootstrap import Bootstrap, MpiBootstrap
+from knl.comm.collectives import ProviderUnavailable
+from knl.errors import CollectiveTimeoutError
+
+
+def load(bootstrap: Bootstrap) -> Callable[[], Mpi]:
+    """Raises ProviderUnavailable where MPI did not launch the ranks."""
+    if not isinstance(bootstrap, MpiBootstrap):
+        raise ProviderUnavailable("needs an MPI launch, this is torchrun")
+    return lambda: Mpi(bootstrap.comm)
+
+
+class _Request:
+    def __init__(self, request: Any) -> None:
+        self._request = request
+
+    def test(self) -> bool:
+        return bool(self._request.Test())
+
+    def wait(self, timeout: float) -> None:
+        start = time.monotonic()
+        while not self._request.Test():
+            waited = time.monotonic() - start
+            if waited > timeout:
+                raise CollectiveTimeoutError(f"MPI: not done after {timeout:g} s")
+            if waited > 1e-3:
+                time.sleep(0)  # ranks may have to share a core
+
+
+class Mpi:
+    """COMM_WORLD's collectives on the memory of tensors."""
+
+    name = "mpi"
+
+    def __init__(self, comm: Any) -> None:
+        from mpi4py import MPI
+
+        # A communicator of our own, so that nothing else on COMM_WORLD can meet our messages.
+        self._comm, self._in_place = comm.Dup(), MPI.IN_PLACE
+        self.version = MPI.Get_library_version().splitlines()[0].strip("\0 ")
+
+    def allreduce(self, tensor: torch.Tensor) -> _Request:
+        return _Request(self._comm.Iallreduce(self._in_place, tensor.numpy()))
+
+    def broadcast(self, tensor: torch.Tensor, root: int) -> None:
+        self._comm.Bcast(tensor.numpy(), root)
+
+    def barrier(self) -> None:
+        self._comm.Barrier()
+
+    def close(self) -> None:
+        self._comm.Free()

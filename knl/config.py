@@ -1,0 +1,249 @@
+"""Recipes: what to train. Read from TOML, checked in full before anything starts."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+import msgspec
+import tomli_w
+from msgspec import Meta
+
+from knl.errors import InputError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+RECIPES = Path(__file__).parent / "recipes"
+
+_Positive = Annotated[int, Meta(ge=1)]
+_Count = Annotated[int, Meta(ge=0)]
+_AboveZero = Annotated[float, Meta(gt=0, le=1e6)]
+_NotNegative = Annotated[float, Meta(ge=0, le=1e6)]
+_Share = Annotated[float, Meta(ge=0, le=1)]
+
+
+class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A TOML table: unknown keys, wrong types and numbers out of range are refused by name."""
+
+
+class Model(_Section):
+    """What network. `zero_init_gamma`: the last BatchNorm of a residual block starts at 0."""
+
+    name: Literal["resnet50", "resnet-small", "alexnet", "alexnet-bn", "alexnet-torch"]
+    zero_init_gamma: bool = False
+    dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.5
+
+
+class Data(_Section):
+    """What samples. `path`: folder of a set on disk. `image_size`: pixels a side as stored, 0 for
+    the set's own; `crop`: as trained, 0 for the whole picture. `samples`, `classes`: of the
+    synthetic set. `chunk`: neighbouring records that stay together when an epoch is shuffled."""
+
+    name: Literal["digits", "fashion-mnist", "synthetic", "packed"]
+    path: str = ""
+    image_size: _Count = 0
+    crop: _Count = 0
+    augment: Literal["none", "crop-flip", "random-resized-crop"] = "none"
+    classes: Annotated[int, Meta(ge=2)] = 1000
+    samples: _Positive = 65536
+    chunk: _Positive = 1
+
+
+class Train(_Section):
+    """How long and how wide. The global batch is lanes x lane_batch. `steps`: stop after so many,
+    0 for all epochs. `eval_every`: epochs between evaluations, 0 for the last alone."""
+
+    epochs: _AboveZero
+    lanes: _Positive
+    lane_batch: _Positive
+    steps: _Count = 0
+    seed: _Count = 0
+    eval_every: _Count = 1
+    label_smoothing: Annotated[float, Meta(ge=0, lt=1)] = 0.0
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    layout: Literal["contiguous", "channels_last"] = "channels_last"
+
+
+class Optim(_Section):
+    """LARS or SGD. `form`: see knl.optim.lars; `eta`: the trust coefficient; `skip`: what gets
+    neither trust ratio nor weight decay."""
+
+    form: Literal["paper", "torch", "nus", "larc", "sgd"] = "paper"
+    momentum: Annotated[float, Meta(ge=0, lt=1)] = 0.9
+    weight_decay: _NotNegative = 5e-4
+    eta: _AboveZero = 0.001
+    skip: tuple[str, ...] = ("bias", "norm")
+
+
+class Schedule(_Section):
+    """The learning rate: see knl.optim.schedule."""
+
+    lr: _NotNegative
+    warmup_epochs: _NotNegative = 0.0
+    warmup_lr: _NotNegative = 0.0
+    decay: Literal["poly", "multi-step", "constant"] = "poly"
+    power: _AboveZero = 2.0
+    milestones: tuple[_NotNegative, ...] = ()
+    gamma: _Share = 0.1
+
+
+class Comm(_Section):
+    """Gradient sync. `timeout_s`: seconds to wait for the other ranks before giving the run up."""
+
+    bucket_mb: _AboveZero = 16.0
+    first_bucket_mb: _AboveZero = 1.0
+    timeout_s: _AboveZero = 300.0
+
+
+class Recipe(_Section):
+    """One training run, in full."""
+
+    name: str
+    model: Model
+    data: Data
+    train: Train
+    schedule: Schedule
+    optim: Optim = Optim()
+    comm: Comm = Comm()
+
+    @property
+    def global_batch(self) -> int:
+        return self.train.lanes * self.train.lane_batch
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.toml"))
+
+
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe by name or by the path of its TOML file, with `key=value` overrides.
+
+    Raises InputError in one line that names the key, its value and what it may be.
+    """
+    path = Path(name) if name.endswith(".toml") or "/" in name else RECIPES / f"{name}.toml"
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        known = recipe_names()
+        raise InputError(f"recipe {name!r} not found{_nearest(name, known)}; known: {', '.join(known)}, or a path to a .toml file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"recipe {path} cannot be read: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"recipe {path} is not TOML: {error}") from None
+    table.setdefault("name", path.stem)
+    for override in overrides:
+        _override(table, override)
+    recipe = _convert(table, Recipe, path)
+    _check_together(recipe)
+    return recipe
+
+
+def to_toml(recipe: Recipe) -> str:
+    """The recipe as resolved: every key, defaults too. `load_recipe` reads it back."""
+    return tomli_w.dumps(cast("Mapping[str, Any]", msgspec.to_builtins(recipe)))
+
+
+def require_ranks_fit(recipe: Recipe, ranks: int) -> None:
+    """Raise InputError when there are more ranks than lanes, with the --set that would mend it."""
+    lanes, lane_batch = recipe.train.lanes, recipe.train.lane_batch
+    if ranks <= lanes:
+        return
+    parts = next((p for p in range(2, lane_batch + 1) if lane_batch % p == 0 and lanes * p >= ranks), 0)
+    cure = f"use at most {lanes} ranks"
+    if parts:
+        cure += (
+            f", or keep the global batch of {recipe.global_batch} with smaller lanes: --set "
+            f"train.lanes={lanes * parts} --set train.lane_batch={lane_batch // parts} "
+            "(changes the BatchNorm groups, and so the trajectory)"
+        )
+    raise InputError(f"train.lanes={lanes}: fewer than the {ranks} ranks; {cure}")
+
+
+def _override(table: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise InputError(f"--set {override}: must be key=value, such as --set train.epochs=3")
+    *sections, last = key.strip().split(".")
+    for section in sections:
+        table = table.setdefault(section, {})
+        if not isinstance(table, dict):
+            raise InputError(f"--set {override}: {section} is a value, not a table")
+    try:
+        table[last] = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        table[last] = text  # a word without quotes, as a shell leaves it
+
+
+def _convert(table: dict[str, Any], kind: type[Recipe], path: Path) -> Recipe:
+    """msgspec's check, with its message turned into one that shows the value and the cure."""
+    _refuse_unknown(table, kind, "", path)
+    try:
+        return msgspec.convert(table, kind)
+    except msgspec.ValidationError as error:
+        message, _, place = str(error).partition(" - at `$")
+        keys = re.findall(r"[^.`\[\]]+", place)
+        value: Any = table
+        for key in keys:
+            if key.isdigit() and isinstance(value, list):
+                value = value[int(key)]
+            elif isinstance(value, Mapping):
+                value = value.get(key)
+        name = ".".join(keys) or "recipe"
+        if message.startswith("Object missing required field"):
+            missing = message.split("`")[1]
+            where = f"{name}.{missing}" if keys else missing
+            raise InputError(f"{path}: {where} is missing") from None
+        raise InputError(f"{path}: {name} = {value!r}: {_plain(message, kind, keys)}") from None
+
+
+def _plain(message: str, kind: type[msgspec.Struct], keys: Sequence[str]) -> str:
+    if message.startswith("Invalid enum value"):
+        options = _field(kind, keys).__args__
+        return f"must be one of {', '.join(map(str, options))}"
+    return message.replace("Expected", "must be", 1).replace("`", "")
+
+
+def _field(kind: Any, keys: Sequence[str]) -> Any:
+    for key in keys:
+        if not key.isdigit():
+            kind = next(f.type for f in msgspec.structs.fields(kind) if f.name == key)
+    return kind
+
+
+def _refuse_unknown(table: Mapping[str, Any], kind: Any, place: str, path: Path) -> None:
+    """msgspec refuses unknown keys too, but does not know the nearest right one."""
+    fields = {field.name: field.type for field in msgspec.structs.fields(kind)}
+    for key, value in table.items():
+        if key not in fields:
+            raise InputError(
+                f"{path}: {place}{key}: unknown key{_nearest(key, list(fields))}; "
+                f"known: {', '.join(fields)}"
+            )
+        inner = fields[key]
+        if isinstance(inner, type) and issubclass(inner, msgspec.Struct) and isinstance(value, dict):
+            _refuse_unknown(value, inner, f"{place}{key}.", path)
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f", did you mean {near[0]}?" if near else ""
+
+
+def _check_together(recipe: Recipe) -> None:
+    """What no single field can know."""
+    data, schedule = recipe.data, recipe.schedule
+    if data.crop and data.image_size and data.image_size < data.crop:
+        raise InputError(
+            f"data.image_size = {data.image_size}: smaller than data.crop = {data.crop}; "
+            "a crop must fit into the picture"
+        )
+    if schedule.decay == "multi-step" and list(schedule.milestones) != sorted(schedule.milestones):
+        raise InputError(f"schedule.milestones = {list(schedule.milestones)}: must ascend")

@@ -1,0 +1,1 @@
+"""Which samples, from where, and what they look like when they reach the network."""

@@ -1,0 +1,48 @@
+"""Sets of pictures by the name that a recipe gives them: what to train on, and what to test on."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+from knl.config import Data
+from knl.errors import InputError
+
+
+class Dataset(Protocol):
+    """Pictures and labels. A batch is float32 [n, channels, pixels, pixels] and int64 [n]."""
+
+    classes: int
+    channels: int
+    pixels: int
+    train_samples: int
+    test_samples: int
+
+    def train_batch(self, samples: np.ndarray, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The samples with these numbers, as augmented in this epoch."""
+
+    def test_batch(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Samples that are never trained on."""
+
+
+def open_dataset(data: Data, seed: int) -> Dataset:
+    """Open the set. Raises InputError when it is not there or cannot be what the recipe wants."""
+    if data.name == "packed":
+        raise InputError(
+            f"data.name = 'packed' (data.path = {data.path!r}): packed sets cannot be read by this "
+            "version yet; --set data.name=synthetic tries the recipe's speed without its data"
+        )
+    if data.augment == "random-resized-crop":
+        raise InputError(
+            f"data.augment = 'random-resized-crop': not for data.name = {data.name!r}; "
+            "must be one of none, crop-flip"
+        )
+    if data.name == "synthetic":
+        from knl.data.synthetic import Synthetic
+
+        return Synthetic(data, seed)
+    from knl.data.arrays import ArrayDataset, read_digits, read_fashion_mnist
+
+    read = read_digits if data.name == "digits" else read_fashion_mnist
+    return ArrayDataset(data, seed, *read(data.path))

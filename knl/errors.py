@@ -1,0 +1,35 @@
+"""What can go wrong, and the exit code that tells it to a shell."""
+
+from __future__ import annotations
+
+
+class KnlError(Exception):
+    """A failure told to the user in one line that says what, which value, and the cure.
+
+    `shared` says that every rank raises the same error at the same point, so that one line and an
+    ordinary end will do; otherwise the rank that fails must take the others down with it.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, shared: bool = False) -> None:
+        super().__init__(message)
+        self.shared = shared
+
+
+class InputError(KnlError):
+    """Wrong usage or input: refused before work starts."""
+
+    exit_code = 2
+
+
+class FailedError(KnlError):
+    """The work failed."""
+
+
+class CollectiveTimeoutError(FailedError):
+    """A collective did not end in time: a rank is gone, stopped or late."""
+
+
+class NonFiniteError(FailedError):
+    """A loss or a gradient is no longer a number."""

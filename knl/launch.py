@@ -1,0 +1,137 @@
+"""Starts ranks: finds the MPI, sets up the environment that it and oneCCL need, and runs mpiexec."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from knl.errors import InputError
+
+# Set in a process that was started again with the libraries' environment.
+_READY = "KNL_ENVIRONMENT_READY"
+
+
+@dataclass(frozen=True)
+class Mpi:
+    """An MPI installation. `kind`: intel, or other (any mpiexec on PATH); `root`: Intel MPI's."""
+
+    kind: str
+    mpiexec: Path
+    root: Path
+
+
+def find_mpi(environment: Mapping[str, str]) -> Mpi:
+    """A site's Intel MPI where a module names one, else the pip-installed one, else PATH's mpiexec.
+
+    Raises InputError when there is none.
+    """
+    site = environment.get("I_MPI_ROOT")
+    for root in ([Path(site)] if site else []) + [Path(sys.prefix)]:
+        for name in ("mpiexec.hydra", "mpiexec"):
+            if (mpiexec := root / "bin" / name).exists() and _library_folders(root):
+                return Mpi("intel", mpiexec, root)
+    if found := shutil.which("mpiexec", path=environment.get("PATH")):
+        return Mpi("other", Path(found), Path(found).parent.parent)
+    raise InputError(
+        "no MPI: there is no mpiexec in this Python's environment, in I_MPI_ROOT or on PATH; "
+        "pip install 'knl[modern]' (or 'knl[knl]') brings one, or load your site's MPI module"
+    )
+
+
+def mpi_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """What a rank needs in order to load MPI and oneCCL, where the user has not set it: nobody
+    sources Intel's scripts for a pip-installed MPI. Empty for an MPI that is not Intel's."""
+    try:
+        mpi = find_mpi(environment)
+    except InputError:
+        return {}  # whoever needs MPI will say that it is missing
+    if mpi.kind != "intel":
+        return {}
+    folders = _library_folders(mpi.root)
+    wanted = {
+        "I_MPI_ROOT": str(mpi.root),
+        "MPI4PY_LIBMPI": str(folders[0] / "libmpi.so.12"),
+        "CCL_ATL_TRANSPORT": "mpi",
+        # Its warnings are about workers and MPI's owner, which knl decides and reports itself.
+        "CCL_LOG_LEVEL": "error",
+    }
+    if providers := _provider_folder(mpi.root):
+        wanted["FI_PROVIDER_PATH"] = str(providers)
+    additions = {key: value for key, value in wanted.items() if key not in environment}
+    present = environment.get("LD_LIBRARY_PATH", "").split(":")
+    missing = [str(folder) for folder in folders if str(folder) not in present]
+    if missing:
+        additions["LD_LIBRARY_PATH"] = ":".join([*missing, *filter(None, present)])
+    return additions
+
+
+def become_ready() -> None:
+    """Start this very command again with `mpi_environment`, once: the dynamic loader reads its path
+    only when a process starts. For ranks that srun, ibrun or mpirun started."""
+    additions = mpi_environment(os.environ)
+    if additions and _READY not in os.environ:
+        environment = {**os.environ, **additions, _READY: "1"}
+        os.execve(sys.executable, [sys.executable, "-m", "knl", *sys.argv[1:]], environment)
+
+
+def launch(ranks: int, arguments: Sequence[str], columns: int | None) -> int:
+    """Run `knl` with `arguments` as so many ranks on this host; return their exit status.
+
+    `columns`: width of the terminal, None where there is none. Signals that end a job reach the
+    ranks. Raises InputError when there is no MPI.
+    """
+    mpi = find_mpi(os.environ)
+    environment = {**os.environ, **mpi_environment(os.environ), _READY: "1"}
+    if mpi.kind == "intel":
+        environment.setdefault("I_MPI_FABRICS", "shm")  # one host needs no network
+        environment.setdefault("I_MPI_HYDRA_BOOTSTRAP", "fork")
+    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
+    environment.setdefault("OMP_NUM_THREADS", str(threads))
+    if columns:
+        environment["KNL_TERMINAL_COLUMNS"] = str(columns)
+    command = [str(mpi.mpiexec), "-n", str(ranks), sys.executable, "-m", "knl", *arguments]
+    try:
+        with subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL) as process:
+            return _wait(process)
+    except OSError as error:
+        raise InputError(f"{mpi.mpiexec} does not start: {error.strerror}") from None
+
+
+def _wait(process: subprocess.Popen[bytes]) -> int:
+    """Wait, passing on the signals that end a job."""
+    passed_on = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    before = {number: signal.getsignal(number) for number in (*passed_on, signal.SIGINT)}
+    for number in passed_on:
+        signal.signal(number, lambda received, _: process.send_signal(received))
+    # A terminal sends Ctrl-C to mpiexec as well; wait for its end.
+    signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        status = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return status if status >= 0 else 128 - status
+
+
+def _library_folders(root: Path) -> list[Path]:
+    """Where libmpi and libfabric are: release 2021.8 keeps libfabric in a folder of its own."""
+    folders = [root / "lib", root / "lib" / "release", root / "lib" / "libfabric"]
+    folders += [root / "libfabric" / "lib", root / "opt" / "mpi" / "libfabric" / "lib"]
+    libraries = ("libmpi.so.12", "libfabric.so.1")
+    found = [f for f in folders if any((f / library).exists() for library in libraries)]
+    return found if found and (found[0] / libraries[0]).exists() else []
+
+
+def _provider_folder(root: Path) -> Path | None:
+    """The folder of libfabric's providers, known by the TCP one."""
+    for folder in _library_folders(root):
+        for candidate in (folder / "prov", folder):
+            if (candidate / "libtcp-fi.so").exists():
+                return candidate
+    return None

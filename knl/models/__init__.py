@@ -1,0 +1,19 @@
+"""The networks, by the name that a recipe gives them."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from knl.config import Model
+from knl.models.alexnet import alexnet, alexnet_bn, alexnet_torch
+from knl.models.resnet import resnet50, resnet_small
+
+
+def build_model(model: Model, channels: int, classes: int) -> nn.Module:
+    """A network for pictures of `channels` planes. Weights come from torch's default generator."""
+    if model.name == "resnet50":
+        return resnet50(channels, classes, model.zero_init_gamma)
+    if model.name == "resnet-small":
+        return resnet_small(channels, classes, model.zero_init_gamma)
+    make = {"alexnet": alexnet, "alexnet-bn": alexnet_bn, "alexnet-torch": alexnet_torch}
+    return make[model.name](channels, classes, model.dropout)

@@ -1,0 +1,118 @@
+// A C ABI over oneCCL's C++ API, for knl/comm/oneccl.py. A call that fails returns null or -1 and
+// leaves its reason in knl_ccl_error().
+
+#include <oneapi/ccl.hpp>
+
+#include <chrono>
+#include <cstdint>
+#include <cstring>
+#include <exception>
+#include <string>
+#include <thread>
+
+#define KNL_API extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+thread_local std::string last_error;
+
+template <typename Result, typename Body>
+Result guarded(Result failed, Body body) {
+    try {
+        return body();
+    } catch (const std::exception& error) {
+        last_error = error.what();
+        return failed;
+    }
+}
+
+struct Communicator {
+    ccl::shared_ptr_class<ccl::kvs> kvs;  // must outlive the communicator
+    ccl::communicator ranks;
+};
+
+ccl::shared_ptr_class<ccl::kvs> main_kvs;  // rank 0's, serves the address until the process ends
+
+}  // namespace
+
+KNL_API const char* knl_ccl_error() { return last_error.c_str(); }
+
+KNL_API int knl_ccl_version(char* text, size_t size) {
+    return guarded(-1, [&] {
+        std::strncpy(text, ccl::get_library_version().full, size - 1);
+        text[size - 1] = '\0';
+        return 0;
+    });
+}
+
+// Makes the key-value store at which the ranks meet; `address` takes its 256 bytes.
+KNL_API int knl_ccl_address(uint8_t* address, size_t size) {
+    return guarded(-1, [&] {
+        ccl::init();
+        main_kvs = ccl::create_main_kvs();
+        const ccl::kvs::address_type bytes = main_kvs->get_address();
+        if (size < bytes.size()) throw std::length_error("address buffer is too small");
+        std::memcpy(address, bytes.data(), bytes.size());
+        return 0;
+    });
+}
+
+KNL_API Communicator* knl_ccl_open(int size, int rank, const uint8_t* address) {
+    return guarded<Communicator*>(nullptr, [&] {
+        ccl::init();
+        ccl::shared_ptr_class<ccl::kvs> kvs = main_kvs;
+        if (!kvs) {
+            ccl::kvs::address_type bytes;
+            std::memcpy(bytes.data(), address, bytes.size());
+            kvs = ccl::create_kvs(bytes);
+        }
+        return new Communicator{kvs, ccl::create_communicator(size, rank, kvs)};
+    });
+}
+
+KNL_API void knl_ccl_close(Communicator* comm) { delete comm; }
+
+// Sums `count` elements over the ranks in place. `datatype` is ccl::datatype's own number.
+KNL_API ccl::event* knl_ccl_allreduce(Communicator* comm, void* data, size_t count, int datatype) {
+    return guarded<ccl::event*>(nullptr, [&] {
+        return new ccl::event(ccl::allreduce(data, data, count,
+                                             static_cast<ccl::datatype>(datatype),
+                                             ccl::reduction::sum, comm->ranks));
+    });
+}
+
+KNL_API ccl::event* knl_ccl_broadcast(Communicator* comm, void* data, size_t count, int datatype,
+                                      int root) {
+    return guarded<ccl::event*>(nullptr, [&] {
+        return new ccl::event(ccl::broadcast(data, count, static_cast<ccl::datatype>(datatype),
+                                             root, comm->ranks));
+    });
+}
+
+KNL_API ccl::event* knl_ccl_barrier(Communicator* comm) {
+    return guarded<ccl::event*>(nullptr,
+                                [&] { return new ccl::event(ccl::barrier(comm->ranks)); });
+}
+
+// 1 done, 0 not yet, -1 failed.
+KNL_API int knl_ccl_test(ccl::event* event) {
+    return guarded(-1, [&] { return event->test() ? 1 : 0; });
+}
+
+// Waits at most `seconds`: 1 done, 0 not done in time, -1 failed. Asks instead of blocking in
+// oneCCL, which knows no time limit; gives the core away between questions once it has asked for
+// a millisecond, as ranks may have to share it.
+KNL_API int knl_ccl_wait(ccl::event* event, double seconds) {
+    using clock = std::chrono::steady_clock;
+    return guarded(-1, [&] {
+        const clock::time_point start = clock::now();
+        for (;;) {
+            if (event->test()) return 1;
+            const std::chrono::duration<double> waited = clock::now() - start;
+            if (waited.count() > seconds) return 0;
+            if (waited.count() > 1e-3) std::this_thread::yield();
+        }
+    });
+}
+
+KNL_API void knl_ccl_release(ccl::event* event) { delete event; }

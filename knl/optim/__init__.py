@@ -1,0 +1,1 @@
+"""LARS in its four forms, plain SGD, and the learning-rate schedules."""

@@ -1,0 +1,120 @@
+"""LARS: momentum SGD whose step is scaled, layer by layer, to the size of the layer's weights.
+
+With the trust ratio r = eta |w| / (|g| + wd |w|) of each tensor, the forms in use are
+
+  paper  v = m v + lr r (g + wd w);   w -= v          You, Gitman, Ginsburg 2017, algorithm 1
+  torch  v = m v + r (g + wd w);      w -= lr v       as in timm and torch_optimizer
+  nus    v = m v + (g + wd w);        w -= lr r v     You's group; r at most 50
+  larc   v = m v + r' (g + wd w);     w -= lr v       r' = min(r / lr, 1); clipping, as in apex
+  sgd    v = m v + (g + wd w);        w -= lr v       no ratio: the Goyal et al. baseline
+
+`paper` keeps the learning rate inside the momentum, so it differs from `torch` whenever the rate
+changes. Where |w| or |g| is zero, r is 1, as in the paper's own code (NVCaffe, Intel Caffe). A
+tensor on the skip list gets r = 1 and no weight decay, as in MLPerf's reference. So do biases and
+BatchNorm by default: a bias starts at |w| = 0 and would otherwise move at the full global rate.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from knl import native
+from knl.comm.agreement import Named
+from knl.errors import NonFiniteError
+
+FORMS = ("paper", "torch", "nus", "larc", "sgd")  # in the order of lars.cpp's Form
+NUS_MAX_TRUST = 50.0
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """The trust ratios of one step, over the tensors that are not skipped."""
+
+    trust_min: float
+    trust_max: float
+
+
+class Lars:
+    """Updates float32 parameters in place, all tensors in one native call.
+
+    `named`: parameters; their gradients must have the parameters' own strides. `skip`: "bias" and
+    "norm" leave out biases and the parameters of normalisation layers (every tensor of one
+    dimension), any other word the tensors with that word in their name.
+    `momentum_buffers` and the last `trust` (one number a tensor) may be read at any time.
+    """
+
+    def __init__(
+        self,
+        named: Named,
+        *,
+        form: str,
+        momentum: float,
+        weight_decay: float,
+        eta: float,
+        skip: Sequence[str],
+    ) -> None:
+        self.names = [name for name, _ in named]
+        self.parameters = [parameter for _, parameter in named]
+        self.momentum_buffers = [torch.zeros_like(p, requires_grad=False) for p in self.parameters]
+        self.form, self.momentum, self.eta = FORMS.index(form), momentum, eta
+        self.skipped = np.array([_skipped(name, p, skip) for name, p in named], dtype=bool)
+        self.trust = np.ones(len(named))
+        self._max_trust = NUS_MAX_TRUST if form == "nus" else float("inf")
+        self._adapts = (~self.skipped).astype(np.uint8)
+        self._decays = np.where(self.skipped, 0.0, weight_decay).astype(np.float32)
+        self._sizes = np.array([p.numel() for p in self.parameters], dtype=np.int64)
+        self._momenta = _addresses(self.momentum_buffers)
+        self._step = native.load_lars().knl_lars_step
+        self._step.argtypes = [
+            ctypes.c_int, ctypes.c_int, *[ctypes.c_void_p] * 6, *[ctypes.c_double] * 5,
+            ctypes.c_void_p,
+        ]  # fmt: skip
+
+    def step(self, lr: float, grad_scale: float) -> StepReport:
+        """One update with learning rate `lr`; gradients count `grad_scale` times themselves.
+
+        Raises NonFiniteError naming the layer, before any weight is changed, when a gradient or
+        weight is infinite or not a number.
+        """
+        gradients = [self._gradient(number) for number in range(len(self.parameters))]
+        weights, sources = _addresses(self.parameters), _addresses(gradients)
+        broken = self._step(
+            self.form, len(self.parameters), weights.ctypes.data, sources.ctypes.data,
+            self._momenta.ctypes.data, self._sizes.ctypes.data, self._decays.ctypes.data,
+            self._adapts.ctypes.data, lr, self.momentum, self.eta, self._max_trust, grad_scale,
+            self.trust.ctypes.data,
+        )  # fmt: skip
+        if broken >= 0:
+            raise NonFiniteError(self.names[broken])
+        adapted = self.trust[~self.skipped]
+        if not adapted.size:
+            return StepReport(1.0, 1.0)
+        return StepReport(float(adapted.min()), float(adapted.max()))
+
+    def _gradient(self, number: int) -> torch.Tensor:
+        parameter = self.parameters[number]
+        gradient = parameter.grad
+        if gradient is None:  # not reached by backward: the weights still decay, on every rank alike
+            return torch.zeros_like(parameter)
+        if gradient.stride() != parameter.stride():
+            return torch.empty_like(parameter).copy_(gradient)
+        return gradient
+
+
+def _skipped(name: str, parameter: torch.Tensor, skip: Sequence[str]) -> bool:
+    is_bias = name.rsplit(".", 1)[-1] == "bias"
+    for word in skip:
+        if word == "bias" and is_bias or word == "norm" and parameter.dim() <= 1 and not is_bias:
+            return True
+        if word not in ("bias", "norm") and word in name:
+            return True
+    return False
+
+
+def _addresses(tensors: Sequence[torch.Tensor]) -> np.ndarray:
+    return np.array([tensor.data_ptr() for tensor in tensors], dtype=np.uint64)

@@ -1,0 +1,1 @@
+"""The job itself: the training loop, evaluation, metrics."""

@@ -1,0 +1,103 @@
+"""One rank of a training job: put the parts together, train, tell what came of it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from knl.comm.bootstrap import Bootstrap, together
+from knl.comm.collectives import Ranks, open_ranks
+from knl.comm.world import World
+from knl.config import Recipe, load_recipe, require_ranks_fit
+from knl.data.dataset import open_dataset
+from knl.train.metrics import RunDirectory, default_run_dir
+from knl.train.progress import Display, open_console
+from knl.train.trainer import Outcome, Trainer, train
+
+
+def run_job(
+    world: World,
+    bootstrap: Bootstrap,
+    name: str,
+    overrides: Sequence[str],
+    run_dir: Path | None,
+    provider: str,
+) -> dict[str, Any] | None:
+    """Train the recipe as this rank. Returns the result on rank 0, None on the others.
+
+    Raises KnlError; one marked `shared` is raised by every rank.
+    """
+    began = time.perf_counter()
+    recipe = together(bootstrap, lambda: _load(name, overrides, world.size))
+    ranks = open_ranks(world, bootstrap, provider, recipe.comm.timeout_s)
+    try:
+        hosts = bootstrap.gather(platform.node())
+        dataset = together(bootstrap, lambda: open_dataset(recipe.data, recipe.train.seed))
+        trainer = together(bootstrap, lambda: Trainer(recipe, dataset, ranks))
+        path = run_dir or default_run_dir(recipe.name)
+        run = together(
+            bootstrap,
+            lambda: RunDirectory(path, recipe, ranks, hosts) if world.rank == 0 else None,
+        )
+        outcome = _train(trainer, run, ranks)
+    finally:
+        ranks.collectives.close()
+    if run is None:
+        return None
+    return _result(recipe, ranks, path, outcome, time.perf_counter() - began)
+
+
+def _load(name: str, overrides: Sequence[str], size: int) -> Recipe:
+    recipe = load_recipe(name, overrides)
+    require_ranks_fit(recipe, size)
+    return recipe
+
+
+def _train(trainer: Trainer, run: RunDirectory | None, ranks: Ranks) -> Outcome:
+    if run is None:
+        return train(trainer, None, None)
+    console = open_console()
+    parameters = sum(parameter.numel() for parameter in trainer.optimiser.parameters)
+    console.print(
+        f"{trainer.recipe.name}: {trainer.recipe.model.name}, {parameters:,} parameters, "
+        f"{trainer.recipe.train.lanes} lanes x {trainer.recipe.train.lane_batch}, "
+        f"{trainer.total_steps} steps; {ranks.describe()}",
+        markup=False,
+    )
+    display = Display(console, trainer.total_steps)
+    try:
+        outcome = train(trainer, run, display)
+    finally:
+        display.close()
+        run.close()
+    console.print(
+        f"weights {outcome.weights_crc32} on all {ranks.world.size} rank(s); "
+        f"median {outcome.images_per_s:,.1f} images/s; run directory {run.path}",
+        markup=False,
+    )
+    return outcome
+
+
+def _result(
+    recipe: Recipe, ranks: Ranks, path: Path, outcome: Outcome, wall_s: float
+) -> dict[str, Any]:
+    """The object that `--json` prints; its keys are a contract."""
+    return {
+        "run_dir": os.fspath(path),
+        "recipe": recipe.name,
+        "top1": outcome.evaluation.top1,
+        "top5": outcome.evaluation.top5,
+        "loss": outcome.evaluation.loss,
+        "steps": outcome.steps,
+        "epochs": outcome.epochs,
+        "images_per_s": outcome.images_per_s,
+        "ranks": ranks.world.size,
+        "lanes": recipe.train.lanes,
+        "global_batch": recipe.global_batch,
+        "provider": ranks.provider,
+        "wall_s": wall_s,
+    }

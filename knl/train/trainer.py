@@ -1,0 +1,202 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from torch import nn
+
+from knl.comm.agreement import Named, require_same_weights
+from knl.comm.collectives import Ranks, allreduce_numbers
+from knl.comm.gradient_sync import GradientSync
+from knl.config import Recipe
+from knl.data.dataset import Dataset
+from knl.data.hashing import mix
+from knl.data.lanes import Lanes, lanes_of
+from knl.errors import NonFiniteError
+from knl.models import build_model
+from knl.optim.lars import Lars
+from knl.optim.schedule import lr_at
+from knl.train.batchnorm import RunningStatistics
+from knl.train.evaluate import Evaluation, evaluate
+from knl.train.forward import forward, to_layout, to_tensors
+from knl.train.metrics import RunDirectory, StepMetrics
+from knl.train.progress import Display
+
+_MB = 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to. `images_per_s`: the median over steps, without the first, which warms up."""
+
+    evaluation: Evaluation
+    steps: int
+    epochs: float
+    images_per_s: float
+    weights_crc32: str
+
+
+class Trainer:
+    """A network in training on this rank: its lanes, its gradients, its optimiser.
+
+    Raises InputError when the set is smaller than a global batch, FailedError when the ranks'
+    models differ.
+    """
+
+    def __init__(self, recipe: Recipe, dataset: Dataset, ranks: Ranks) -> None:
+        train, comm = recipe.train, recipe.comm
+        self.recipe, self.dataset, self.ranks = recipe, dataset, ranks
+        self.timeout = comm.timeout_s
+        self.lanes = Lanes(
+            dataset.train_samples, train.lanes, train.lane_batch, train.seed, recipe.data.chunk
+        )
+        self.my_lanes = lanes_of(ranks.world.rank, ranks.world.size, train.lanes)
+        torch.manual_seed(train.seed)
+        model = build_model(recipe.model, dataset.channels, dataset.classes)
+        self.model = to_layout(model, train.layout)
+        self.loss = nn.CrossEntropyLoss(label_smoothing=train.label_smoothing)
+        self.statistics = RunningStatistics(model, len(self.my_lanes), train.lanes)
+        self.named: Named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        self.sync = GradientSync(
+            self.named,
+            ranks,
+            bucket_bytes=int(comm.bucket_mb * _MB),
+            first_bucket_bytes=int(comm.first_bucket_mb * _MB),
+            timeout=self.timeout,
+        )
+        o = recipe.optim
+        self.optimiser = Lars(
+            self.named,
+            form=o.form,
+            momentum=o.momentum,
+            weight_decay=o.weight_decay,
+            eta=o.eta,
+            skip=o.skip,
+        )
+        self.check_weights("at the start")
+
+    @property
+    def total_steps(self) -> int:
+        steps = max(1, round(self.recipe.train.epochs * self.lanes.steps_per_epoch))
+        return min(steps, self.recipe.train.steps or steps)
+
+    def epoch_at(self, step: int) -> float:
+        """Epochs done after so many steps."""
+        return step / self.lanes.steps_per_epoch
+
+    def step(self, step: int) -> StepMetrics:
+        """One update over all lanes; `step` counts from 0.
+
+        Raises NonFiniteError, on every rank and before weights change, naming step, lane and layer.
+        """
+        epoch, step_in_epoch = divmod(step, self.lanes.steps_per_epoch)
+        lr = lr_at(self.recipe.schedule, self.epoch_at(step), self.recipe.train.epochs)
+        began = time.perf_counter()
+        t_data = 0.0
+        losses: list[float] = []
+        self.sync.zero()
+        for number, lane in enumerate(self.my_lanes):
+            asked = time.perf_counter()
+            samples = self.lanes.batch(epoch, step_in_epoch, lane)
+            batch = self.dataset.train_batch(samples, epoch)
+            images, labels = to_tensors(batch, self.recipe.train.layout)
+            t_data += time.perf_counter() - asked
+            if number == len(self.my_lanes) - 1:
+                self.sync.arm()
+            losses.append(self._lane(step, number, lane, images, labels))
+        computed = time.perf_counter()
+        t_comm = self.sync.finish()
+        (loss,) = allreduce_numbers(self.ranks.collectives, [sum(losses)], self.timeout)
+        synced = time.perf_counter()
+        try:
+            report = self.optimiser.step(lr, 1.0 / self.recipe.train.lanes)
+        except NonFiniteError as error:
+            raise self._diagnosis(step, lr, losses, f"gradient of {error}") from None
+        if not math.isfinite(loss):
+            raise self._diagnosis(step, lr, losses, "loss")
+        ended = time.perf_counter()
+        return StepMetrics(
+            step=step + 1,
+            epoch=self.epoch_at(step + 1),
+            loss=loss / self.recipe.train.lanes,
+            lr=lr,
+            images_per_s=self.lanes.global_batch / (ended - began),
+            t_data=t_data,
+            t_compute=computed - began - t_data,
+            t_comm_exposed=t_comm,
+            t_optim=ended - synced,
+            trust_min=report.trust_min,
+            trust_max=report.trust_max,
+        )
+
+    def _lane(
+        self, step: int, number: int, lane: int, images: torch.Tensor, labels: torch.Tensor
+    ) -> float:
+        """Forward and backward of one lane; its gradients are added to those of the lanes before."""
+        # Dropout masks are the lane's, whichever rank computes it.
+        seed = int(mix(self.recipe.train.seed, step, lane)[0]) >> 1
+        torch.default_generator.manual_seed(seed)
+        self.statistics.begin_lane(number)
+        loss = self.loss(forward(self.model, images, self.recipe.train.dtype).float(), labels)
+        loss.backward()
+        return float(loss.item())
+
+    def evaluate(self) -> Evaluation:
+        """Accuracy with the running statistics of all lanes."""
+        self.statistics.average(self.ranks, self.timeout)
+        return evaluate(self.model, self.dataset, self.recipe.train, self.ranks, self.timeout)
+
+    def check_weights(self, when: str) -> str:
+        """The weights' checksum. Raises FailedError naming the tensor where ranks have drifted."""
+        return require_same_weights(self.ranks, self.named, when, self.timeout)
+
+    def _diagnosis(
+        self, step: int, lr: float, losses: list[float], what: str
+    ) -> NonFiniteError:
+        """The same error on every rank: which lanes lost their footing, whoever computed them."""
+        flags = [0.0] * self.recipe.train.lanes
+        for lane, loss in zip(self.my_lanes, losses):
+            flags[lane] = float(not math.isfinite(loss))
+        flags = allreduce_numbers(self.ranks.collectives, flags, self.timeout)
+        lanes = [str(lane) for lane, flag in enumerate(flags) if flag]
+        where = f"the loss of lane(s) {', '.join(lanes[:8])}" if lanes else "no lane's loss, but sums"
+        return NonFiniteError(
+            f"step {step + 1}: {what} is not finite, from {where}; lr was {lr:g}: "
+            "lower schedule.lr, lengthen schedule.warmup_epochs, or check these samples",
+            shared=True,
+        )
+
+
+def train(trainer: Trainer, run: RunDirectory | None, display: Display | None) -> Outcome:
+    """All steps of the recipe, with evaluations. `run`, `display`: on rank 0 alone."""
+    speeds: list[float] = []
+    evaluation, checksum = None, ""
+    total, every = trainer.total_steps, trainer.recipe.train.eval_every
+    for step in range(total):
+        metrics = trainer.step(step)
+        speeds.append(metrics.images_per_s)
+        if run:
+            run.step(metrics)
+        if display:
+            display.step(metrics)
+        whole_epochs, rest = divmod(step + 1, trainer.lanes.steps_per_epoch)
+        if step + 1 == total or (every and rest == 0 and whole_epochs % every == 0):
+            checksum = trainer.check_weights(f"after step {step + 1}")
+            evaluation = trainer.evaluate()
+            if run:
+                run.evaluation(step + 1, metrics.epoch, evaluation, checksum)
+            if display:
+                display.evaluation(metrics.epoch, evaluation)
+    assert evaluation is not None  # the last step evaluates
+    return Outcome(
+        evaluation=evaluation,
+        steps=total,
+        epochs=trainer.epoch_at(total),
+        images_per_s=median(speeds[1:] or speeds),
+        weights_crc32=checksum,
+    )
