@@ -6,16 +6,18 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn, Optional
+from typing import NoReturn, Optional
 
 import typer
 
 from knl import __version__
-from knl.comm.world import Provider, World, world_from
+from knl.comm.world import SINGLE, Provider, World, world_from
 from knl.errors import FailedError, InputError, KnlError
+
+STDERR = 2
 
 app = typer.Typer(
     name="knl",
@@ -79,9 +81,7 @@ def train(
     as_json: bool = typer.Option(
         False, "--json", help="Print the result as one JSON object on stdout."
     ),
-    list_recipes: bool = typer.Option(
-        False, "--list", help="List the recipes that come with knl."
-    ),
+    list_recipes: bool = typer.Option(False, "--list", help="List the recipes that come with knl."),
     print_recipe: bool = typer.Option(
         False, "--print", help="Print the recipe as resolved, and stop."
     ),
@@ -153,27 +153,14 @@ def _train_as_rank(
 
         become_ready()
     from knl.comm.bootstrap import open_bootstrap
+    from knl.native import stdout_to
     from knl.train.job import run_job
 
-    with _stdout_reserved() as report:
+    with stdout_to(STDERR) as stdout:  # nothing but the result may stand there
         bootstrap = open_bootstrap(world)
         result = run_job(world, bootstrap, recipe, overrides, run_dir, provider)
         if as_json and result is not None:
-            report(result)
-
-
-@contextmanager
-def _stdout_reserved() -> Iterator[Any]:
-    """Send what libraries print to stderr; yields the function that prints one object to stdout."""
-    sys.stdout.flush()
-    stdout = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        yield lambda result: os.write(stdout, json.dumps(result).encode() + b"\n")
-    finally:
-        sys.stdout.flush()
-        os.dup2(stdout, 1)
-        os.close(stdout)
+            os.write(stdout, json.dumps(result).encode() + b"\n")
 
 
 def _fail(message: str, code: int, *, shared: bool) -> NoReturn:
@@ -182,7 +169,7 @@ def _fail(message: str, code: int, *, shared: bool) -> NoReturn:
     try:
         world = world_from(os.environ)
     except KnlError:
-        world = World(0, 1, 0, 1, "single")
+        world = replace(SINGLE, rank=int(os.environ.get("SLURM_PROCID", 0)))
     if world.rank == 0 or not shared:
         who = f"rank {world.rank}: " if world.size > 1 and not shared else ""
         print(f"knl: {who}{message}", file=sys.stderr, flush=True)

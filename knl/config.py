@@ -33,7 +33,7 @@ class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """A TOML table: unknown keys, wrong types and numbers out of range are refused by name."""
 
 
-class Model(_Section):
+class Model(_Section, frozen=True):
     """What network. `zero_init_gamma`: the last BatchNorm of a residual block starts at 0."""
 
     name: Literal["resnet50", "resnet-small", "alexnet", "alexnet-bn", "alexnet-torch"]
@@ -41,7 +41,7 @@ class Model(_Section):
     dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.5
 
 
-class Data(_Section):
+class Data(_Section, frozen=True):
     """What samples. `path`: folder of a set on disk. `image_size`: pixels a side as stored, 0 for
     the set's own; `crop`: as trained, 0 for the whole picture. `samples`, `classes`: of the
     synthetic set. `chunk`: neighbouring records that stay together when an epoch is shuffled."""
@@ -56,7 +56,7 @@ class Data(_Section):
     chunk: _Positive = 1
 
 
-class Train(_Section):
+class Train(_Section, frozen=True):
     """How long and how wide. The global batch is lanes x lane_batch. `steps`: stop after so many,
     0 for all epochs. `eval_every`: epochs between evaluations, 0 for the last alone."""
 
@@ -71,7 +71,7 @@ class Train(_Section):
     layout: Literal["contiguous", "channels_last"] = "channels_last"
 
 
-class Optim(_Section):
+class Optim(_Section, frozen=True):
     """LARS or SGD. `form`: see knl.optim.lars; `eta`: the trust coefficient; `skip`: what gets
     neither trust ratio nor weight decay."""
 
@@ -82,7 +82,7 @@ class Optim(_Section):
     skip: tuple[str, ...] = ("bias", "norm")
 
 
-class Schedule(_Section):
+class Schedule(_Section, frozen=True):
     """The learning rate: see knl.optim.schedule."""
 
     lr: _NotNegative
@@ -94,7 +94,7 @@ class Schedule(_Section):
     gamma: _Share = 0.1
 
 
-class Comm(_Section):
+class Comm(_Section, frozen=True):
     """Gradient sync. `timeout_s`: seconds to wait for the other ranks before giving the run up."""
 
     bucket_mb: _AboveZero = 16.0
@@ -102,7 +102,7 @@ class Comm(_Section):
     timeout_s: _AboveZero = 300.0
 
 
-class Recipe(_Section):
+class Recipe(_Section, frozen=True):
     """One training run, in full."""
 
     name: str
@@ -133,7 +133,10 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         known = recipe_names()
-        raise InputError(f"recipe {name!r} not found{_nearest(name, known)}; known: {', '.join(known)}, or a path to a .toml file") from None
+        raise InputError(
+            f"recipe {name!r} not found{_nearest(name, known)}; known: {', '.join(known)}, "
+            "or the path of a .toml file"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"recipe {path} cannot be read: {error}") from None
     except tomllib.TOMLDecodeError as error:
@@ -156,7 +159,9 @@ def require_ranks_fit(recipe: Recipe, ranks: int) -> None:
     lanes, lane_batch = recipe.train.lanes, recipe.train.lane_batch
     if ranks <= lanes:
         return
-    parts = next((p for p in range(2, lane_batch + 1) if lane_batch % p == 0 and lanes * p >= ranks), 0)
+    parts = next(
+        (p for p in range(2, lane_batch + 1) if lane_batch % p == 0 and lanes * p >= ranks), 0
+    )
     cure = f"use at most {lanes} ranks"
     if parts:
         cure += (
@@ -228,7 +233,11 @@ def _refuse_unknown(table: Mapping[str, Any], kind: Any, place: str, path: Path)
                 f"known: {', '.join(fields)}"
             )
         inner = fields[key]
-        if isinstance(inner, type) and issubclass(inner, msgspec.Struct) and isinstance(value, dict):
+        if (
+            isinstance(inner, type)
+            and issubclass(inner, msgspec.Struct)
+            and isinstance(value, dict)
+        ):
             _refuse_unknown(value, inner, f"{place}{key}.", path)
 
 

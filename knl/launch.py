@@ -1,4 +1,4 @@
-"""Starts ranks: finds the MPI, sets up the environment that it and oneCCL need, and runs mpiexec."""
+"""Starts ranks: finds the MPI, sets up what it and oneCCL need, runs mpiexec."""
 
 from __future__ import annotations
 
@@ -88,6 +88,8 @@ def launch(ranks: int, arguments: Sequence[str], columns: int | None) -> int:
     """
     mpi = find_mpi(os.environ)
     environment = {**os.environ, **mpi_environment(os.environ), _READY: "1"}
+    for name in [name for name in environment if name.startswith("PMI")]:
+        del environment[name]  # an outer srun's: its PMI can be used once only, and not by ranks
     if mpi.kind == "intel":
         environment.setdefault("I_MPI_FABRICS", "shm")  # one host needs no network
         environment.setdefault("I_MPI_HYDRA_BOOTSTRAP", "fork")

@@ -15,7 +15,7 @@ from knl.errors import FailedError
 PROVIDERS = tuple(name for name in get_args(Provider) if name != "auto")
 
 
-class ProviderUnavailable(Exception):  # noqa: N818  a reason, not an error
+class ProviderUnavailable(Exception):
     """Why a provider cannot be used here."""
 
 
@@ -143,7 +143,9 @@ def _load(
     return torch_dist.load(name, world, bootstrap, timeout)
 
 
-def allreduce_numbers(collectives: Collectives, numbers: Sequence[float], timeout: float) -> list[float]:
+def allreduce_numbers(
+    collectives: Collectives, numbers: Sequence[float], timeout: float
+) -> list[float]:
     """The sums over ranks of a few numbers, in double precision."""
     tensor = torch.tensor(list(numbers), dtype=torch.float64)
     collectives.allreduce(tensor).wait(timeout)

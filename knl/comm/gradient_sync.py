@@ -183,9 +183,10 @@ class GradientSync:
 def make_dense(parameter: torch.Tensor) -> None:
     """Give a parameter that has holes or overlaps in its memory a dense copy, once."""
     expected = 1
-    for size, stride in sorted(zip(parameter.shape, parameter.stride()), key=lambda d: (d[1], d[0])):
+    for size, stride in sorted(
+        zip(parameter.shape, parameter.stride()), key=lambda d: (d[1], d[0])
+    ):
         if size > 1 and stride != expected:
             parameter.data = parameter.data.contiguous()
             return
         expected *= size
-

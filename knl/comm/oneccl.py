@@ -50,10 +50,13 @@ def find_libccl() -> Path:
 class _Event:
     """A collective under way in oneCCL; keeps its tensor alive until it is done."""
 
-    def __init__(self, library: ctypes.CDLL, event: int | None, tensor: torch.Tensor | None) -> None:
+    def __init__(
+        self, library: ctypes.CDLL, event: int | None, tensor: torch.Tensor | None
+    ) -> None:
         if not event:
             raise FailedError(f"oneCCL: {library.knl_ccl_error().decode()}")
-        self._library, self._event, self._tensor = library, event, tensor
+        self._library, self._tensor = library, tensor
+        self._event: int | None = event
 
     def test(self) -> bool:
         return self._event is None or self._finish(self._library.knl_ccl_test(self._event))
@@ -69,7 +72,7 @@ class _Event:
             raise FailedError(f"oneCCL: {self._library.knl_ccl_error().decode()}")
         if state == 1:
             self._library.knl_ccl_release(self._event)
-            self._event = self._tensor = None
+            self._event, self._tensor = None, None
         return state == 1
 
 
@@ -81,7 +84,9 @@ class OneCcl:
     def __init__(self, library: ctypes.CDLL, world: World, bootstrap: Bootstrap) -> None:
         self._library = library
         text = ctypes.create_string_buffer(128)
-        self._check(library.knl_ccl_version(text, len(text)) == 0)
+        # oneCCL would warn that CCL_LOG_LEVEL, by which knl.launch has fewer warnings, is set.
+        with native.stdout_without("CCL_LOG_LEVEL"):
+            self._check(library.knl_ccl_version(text, len(text)) == 0)
         self.version = text.value.decode().split(" ")[0].replace("Gold-", "")
         address = ctypes.create_string_buffer(_ADDRESS_BYTES)
         if world.rank == 0:

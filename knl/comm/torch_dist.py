@@ -20,9 +20,7 @@ from knl.errors import CollectiveTimeoutError, FailedError
 _CCL_MODULES = ("oneccl_bindings_for_pytorch", "torch_ccl")
 
 
-def load(
-    name: str, world: World, bootstrap: Bootstrap, timeout: float
-) -> Callable[[], TorchDist]:
+def load(name: str, world: World, bootstrap: Bootstrap, timeout: float) -> Callable[[], TorchDist]:
     """Import what the backend needs. Raises ProviderUnavailable with the reason."""
     if not dist.is_available():
         raise ProviderUnavailable("this torch has no torch.distributed")

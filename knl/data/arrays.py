@@ -38,7 +38,7 @@ class ArrayDataset:
             raise InputError(f"data.image_size = {data.image_size}: {data.name} has {stored} or 0")
         if data.crop > stored:
             raise InputError(
-                f"data.crop = {data.crop}: {data.name} has {stored} pixels a side, a crop 1 to {stored}"
+                f"data.crop = {data.crop}: must be 0 to {stored}, the pixels a side of {data.name}"
             )
         self.pixels = data.crop or stored
         self.train_samples, self.test_samples = len(train.labels), len(test.labels)

@@ -1,4 +1,4 @@
-"""The sampler: which samples a lane sees in a step. A function of (seed, epoch, step, lane) alone."""
+"""The sampler: which samples a lane sees, a function of (seed, epoch, step, lane) alone."""
 
 from __future__ import annotations
 

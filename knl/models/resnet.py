@@ -72,9 +72,7 @@ def _finish(
     layers: list[nn.Module], width: int, classes: int, zero_init_gamma: bool
 ) -> nn.Sequential:
     """Pool, classify, and initialise as He et al. 2015 (1502.01852) and Goyal et al. 2017 (5.1)."""
-    model = nn.Sequential(
-        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes)
-    )
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,30 +48,40 @@ def load_ccl(libccl: Path) -> ctypes.CDLL:
 
     Raises OSError with the loader's words when libccl or what it needs (libmpi) does not load.
     """
-    with _stderr_without("CCL_LOG_LEVEL"):
-        ctypes.CDLL(str(libccl), mode=ctypes.RTLD_GLOBAL)
+    ctypes.CDLL(str(libccl), mode=ctypes.RTLD_GLOBAL)
     return ctypes.CDLL(str(compiled("libknl_ccl.so")))
 
 
 @contextmanager
-def _stderr_without(word: str) -> Iterator[None]:
-    """Hold back what C code writes to stderr, then let it go but for the lines with `word`.
+def stdout_to(file: int) -> Iterator[int]:
+    """Send what Python and C code write to stdout to another file; yields the real stdout."""
+    flush_stdout()
+    stdout = os.dup(1)
+    os.dup2(file, 1)
+    try:
+        yield stdout
+    finally:
+        flush_stdout()
+        os.dup2(stdout, 1)
+        os.close(stdout)
 
-    As it is loaded, libccl warns that CCL_LOG_LEVEL is not the default; knl.launch sets it so that
-    there are fewer warnings.
-    """
-    stderr = os.dup(2)
+
+def flush_stdout() -> None:
+    """Empty Python's and C's buffers: libraries write through the latter."""
+    sys.stdout.flush()
+    ctypes.CDLL(None).fflush(None)
+
+
+@contextmanager
+def stdout_without(word: str) -> Iterator[None]:
+    """Hold back what is written to stdout, then let it go but for the lines with `word`."""
     with tempfile.TemporaryFile() as held:
-        os.dup2(held.fileno(), 2)
-        try:
+        with stdout_to(held.fileno()):
             yield
-        finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)
-            held.seek(0)
-            for line in held:
-                if word.encode() not in line:
-                    os.write(2, line)
+        held.seek(0)
+        for line in held:
+            if word.encode() not in line:
+                os.write(1, line)
 
 
 def compiled(name: str) -> Path:

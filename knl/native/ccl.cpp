@@ -37,8 +37,10 @@ ccl::shared_ptr_class<ccl::kvs> main_kvs;  // rank 0's, serves the address until
 
 KNL_API const char* knl_ccl_error() { return last_error.c_str(); }
 
+// Called first: oneCCL reads its environment here.
 KNL_API int knl_ccl_version(char* text, size_t size) {
     return guarded(-1, [&] {
+        ccl::init();
         std::strncpy(text, ccl::get_library_version().full, size - 1);
         text[size - 1] = '\0';
         return 0;
@@ -48,7 +50,6 @@ KNL_API int knl_ccl_version(char* text, size_t size) {
 // Makes the key-value store at which the ranks meet; `address` takes its 256 bytes.
 KNL_API int knl_ccl_address(uint8_t* address, size_t size) {
     return guarded(-1, [&] {
-        ccl::init();
         main_kvs = ccl::create_main_kvs();
         const ccl::kvs::address_type bytes = main_kvs->get_address();
         if (size < bytes.size()) throw std::length_error("address buffer is too small");
@@ -59,7 +60,6 @@ KNL_API int knl_ccl_address(uint8_t* address, size_t size) {
 
 KNL_API Communicator* knl_ccl_open(int size, int rank, const uint8_t* address) {
     return guarded<Communicator*>(nullptr, [&] {
-        ccl::init();
         ccl::shared_ptr_class<ccl::kvs> kvs = main_kvs;
         if (!kvs) {
             ccl::kvs::address_type bytes;

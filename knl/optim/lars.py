@@ -99,7 +99,7 @@ class Lars:
     def _gradient(self, number: int) -> torch.Tensor:
         parameter = self.parameters[number]
         gradient = parameter.grad
-        if gradient is None:  # not reached by backward: the weights still decay, on every rank alike
+        if gradient is None:  # backward did not come here
             return torch.zeros_like(parameter)
         if gradient.stride() != parameter.stride():
             return torch.empty_like(parameter).copy_(gradient)
@@ -109,7 +109,9 @@ class Lars:
 def _skipped(name: str, parameter: torch.Tensor, skip: Sequence[str]) -> bool:
     is_bias = name.rsplit(".", 1)[-1] == "bias"
     for word in skip:
-        if word == "bias" and is_bias or word == "norm" and parameter.dim() <= 1 and not is_bias:
+        if (word == "bias" and is_bias) or (
+            word == "norm" and parameter.dim() <= 1 and not is_bias
+        ):
             return True
         if word not in ("bias", "norm") and word in name:
             return True

@@ -24,7 +24,7 @@ def to_layout(model: nn.Module, layout: str) -> nn.Module:
 
 
 def forward(model: nn.Module, images: torch.Tensor, dtype: str) -> torch.Tensor:
-    """The scores. "bf16" runs convolutions and matrix products in bfloat16; weights stay float32."""
+    """The scores. "bf16": convolutions and matrix products in bfloat16; weights stay float32."""
     if dtype == "bf16":
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return model(images)

@@ -20,7 +20,7 @@ from knl.train.evaluate import Evaluation
 
 # What may be written of the environment: settings of the run, no secrets.
 _VARIABLES = re.compile(
-    r"(KNL|OMP|KMP|GOMP|I_MPI|CCL|FI|PSM2|MKL|DNNL|ONEDNN|MALLOC)_\w+|LD_PRELOAD"
+    r"(KNL|OMP|KMP|GOMP|I_MPI(?!_INFO)|CCL|FI|PSM2|MKL|DNNL|ONEDNN|MALLOC)_\w+|LD_PRELOAD"
     r"|SLURM_(JOB_ID|JOB_NUM_NODES|JOB_PARTITION|NTASKS|JOB_NODELIST|RESTART_COUNT)"
 )
 _PACKAGES = (

@@ -32,7 +32,7 @@ _MB = 1024 * 1024
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run came to. `images_per_s`: the median over steps, without the first, which warms up."""
+    """What a run came to. `images_per_s`: median over steps but the first, which warms up."""
 
     evaluation: Evaluation
     steps: int
@@ -92,7 +92,8 @@ class Trainer:
     def step(self, step: int) -> StepMetrics:
         """One update over all lanes; `step` counts from 0.
 
-        Raises NonFiniteError, on every rank and before weights change, naming step, lane and layer.
+        Raises NonFiniteError on every rank, naming step, lane and layer; a gradient at fault has
+        not reached the weights.
         """
         epoch, step_in_epoch = divmod(step, self.lanes.steps_per_epoch)
         lr = lr_at(self.recipe.schedule, self.epoch_at(step), self.recipe.train.epochs)
@@ -137,7 +138,7 @@ class Trainer:
     def _lane(
         self, step: int, number: int, lane: int, images: torch.Tensor, labels: torch.Tensor
     ) -> float:
-        """Forward and backward of one lane; its gradients are added to those of the lanes before."""
+        """Forward and backward of one lane; its gradients add to those of the lanes before."""
         # Dropout masks are the lane's, whichever rank computes it.
         seed = int(mix(self.recipe.train.seed, step, lane)[0]) >> 1
         torch.default_generator.manual_seed(seed)
@@ -155,16 +156,16 @@ class Trainer:
         """The weights' checksum. Raises FailedError naming the tensor where ranks have drifted."""
         return require_same_weights(self.ranks, self.named, when, self.timeout)
 
-    def _diagnosis(
-        self, step: int, lr: float, losses: list[float], what: str
-    ) -> NonFiniteError:
+    def _diagnosis(self, step: int, lr: float, losses: list[float], what: str) -> NonFiniteError:
         """The same error on every rank: which lanes lost their footing, whoever computed them."""
         flags = [0.0] * self.recipe.train.lanes
         for lane, loss in zip(self.my_lanes, losses):
             flags[lane] = float(not math.isfinite(loss))
         flags = allreduce_numbers(self.ranks.collectives, flags, self.timeout)
         lanes = [str(lane) for lane, flag in enumerate(flags) if flag]
-        where = f"the loss of lane(s) {', '.join(lanes[:8])}" if lanes else "no lane's loss, but sums"
+        where = (
+            f"the loss of lane(s) {', '.join(lanes[:8])}" if lanes else "no lane's loss, but sums"
+        )
         return NonFiniteError(
             f"step {step + 1}: {what} is not finite, from {where}; lr was {lr:g}: "
             "lower schedule.lr, lengthen schedule.warmup_epochs, or check these samples",

@@ -8,7 +8,8 @@ import shutil
 from collections.abc import Iterator
 
 import pytest
-from cluster import SlurmCluster, slurm_cluster
+
+from .cluster import SlurmCluster, slurm_cluster
 
 _NODES = 4
 _PROGRAMS = {  # program: the Debian package that has it

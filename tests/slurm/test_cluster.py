@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cluster import SlurmCluster
+from .cluster import SlurmCluster
 
 
 def test_srun_starts_one_task_on_each_node(cluster: SlurmCluster) -> None:
