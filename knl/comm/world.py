@@ -8,7 +8,7 @@ from typing import Literal
 
 from knl.errors import InputError
 
-# Who may do the collectives (knl.comm.collectives), in the order in which auto tries them.
+# Who may do the collectives (knl.comm.collectives), in the order that auto tries.
 Provider = Literal["auto", "oneccl", "torch_ccl", "mpi", "gloo"]
 
 # rank, size, local rank, local size: in the order in which launchers are recognised. An mpiexec that

@@ -6,8 +6,10 @@ import gzip
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from knl.config import Data
 from knl.data.augment import centre_crop, crop_flip
@@ -22,8 +24,8 @@ FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 class Split:
     """Pictures, float32 [n, 1, height, width] of zero mean and unit spread, and labels, int64."""
 
-    images: np.ndarray
-    labels: np.ndarray
+    images: NDArray[Any]
+    labels: NDArray[Any]
 
 
 class ArrayDataset:
@@ -45,13 +47,13 @@ class ArrayDataset:
         self._train, self._test, self._seed = train, test, seed
         self._augments = data.augment == "crop-flip"
 
-    def train_batch(self, samples: np.ndarray, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    def train_batch(self, samples: NDArray[Any], epoch: int) -> tuple[NDArray[Any], NDArray[Any]]:
         images, labels = self._train.images[samples], self._train.labels[samples]
         if self._augments:
             return crop_flip(images, self.pixels, self._seed, epoch, samples), labels
         return centre_crop(images, self.pixels), labels
 
-    def test_batch(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def test_batch(self, samples: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
         return centre_crop(self._test.images[samples], self.pixels), self._test.labels[samples]
 
 
@@ -99,7 +101,7 @@ def read_fashion_mnist(path: str) -> tuple[Split, Split]:
     return train, test
 
 
-def read_idx(path: Path, dimensions: int) -> np.ndarray:
+def read_idx(path: Path, dimensions: int) -> NDArray[Any]:
     """An IDX file of bytes, plain or with .gz behind its name, as uint8 of `dimensions`.
 
     Raises InputError naming the file.
@@ -123,6 +125,6 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
     return np.frombuffer(raw, dtype=np.uint8, offset=header).reshape(shape)
 
 
-def _split(images: np.ndarray, labels: np.ndarray, mean: float, spread: float) -> Split:
+def _split(images: NDArray[Any], labels: NDArray[Any], mean: float, spread: float) -> Split:
     scaled = ((images - np.float32(mean)) / np.float32(spread)).astype(np.float32)
     return Split(scaled, labels.astype(np.int64))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 
 from knl.data.hashing import uniform
 
@@ -10,8 +13,8 @@ _TOP, _LEFT, _FLIP = 1, 2, 3  # which random number
 
 
 def crop_flip(
-    images: np.ndarray, crop: int, seed: int, epoch: int, samples: np.ndarray
-) -> np.ndarray:
+    images: NDArray[Any], crop: int, seed: int, epoch: int, samples: NDArray[Any]
+) -> NDArray[Any]:
     """A random crop of `crop` pixels a side, mirrored half of the time.
 
     `images`: [n, channels, height, width]; `samples`: the n sample numbers.
@@ -28,7 +31,7 @@ def crop_flip(
     return views
 
 
-def centre_crop(images: np.ndarray, crop: int) -> np.ndarray:
+def centre_crop(images: NDArray[Any], crop: int) -> NDArray[Any]:
     """The middle `crop` pixels a side of [n, channels, height, width]."""
     top, left = (images.shape[2] - crop) // 2, (images.shape[3] - crop) // 2
     return images[:, :, top : top + crop, left : left + crop]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
-import numpy as np
+from numpy.typing import NDArray
 
 from knl.config import Data
 from knl.errors import InputError
@@ -19,10 +19,10 @@ class Dataset(Protocol):
     train_samples: int
     test_samples: int
 
-    def train_batch(self, samples: np.ndarray, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    def train_batch(self, samples: NDArray[Any], epoch: int) -> tuple[NDArray[Any], NDArray[Any]]:
         """The samples with these numbers, as augmented in this epoch."""
 
-    def test_batch(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def test_batch(self, samples: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
         """Samples that are never trained on."""
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-def mix(*parts: int | np.ndarray) -> np.ndarray:
+def mix(*parts: int | NDArray[Any]) -> NDArray[Any]:
     """64 random bits for each tuple of `parts`, which broadcast: whole numbers, scalar or array.
 
     SplitMix64's finaliser (Steele, Lea, Flood 2014), chained over the parts. numpy's own
@@ -24,6 +27,6 @@ def mix(*parts: int | np.ndarray) -> np.ndarray:
     return state
 
 
-def uniform(*parts: int | np.ndarray) -> np.ndarray:
+def uniform(*parts: int | NDArray[Any]) -> NDArray[Any]:
     """Numbers in [0, 1), float64, from `mix`."""
     return (mix(*parts) >> np.uint64(11)).astype(np.float64) * 2.0**-53

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from knl.data.hashing import mix
 from knl.errors import InputError
@@ -42,7 +44,7 @@ class Lanes:
     def steps_per_epoch(self) -> int:
         return self.samples // self.global_batch
 
-    def batch(self, epoch: int, step: int, lane: int) -> np.ndarray:
+    def batch(self, epoch: int, step: int, lane: int) -> NDArray[Any]:
         """Numbers of the `lane_batch` samples, for a step counted within the epoch."""
         start = (lane * self.steps_per_epoch + step) * self.lane_batch
         return _order(self.samples, self.chunk, self.seed, epoch)[start : start + self.lane_batch]
@@ -54,7 +56,7 @@ def lanes_of(rank: int, size: int, lanes: int) -> range:
 
 
 @lru_cache(maxsize=2)
-def _order(samples: int, chunk: int, seed: int, epoch: int) -> np.ndarray:
+def _order(samples: int, chunk: int, seed: int, epoch: int) -> NDArray[Any]:
     """All sample numbers, in chunks, in the order of this epoch."""
     chunks = -(-samples // chunk)
     shuffled = np.argsort(mix(seed, epoch, np.arange(chunks)), kind="stable")

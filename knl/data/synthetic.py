@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 
 from knl.config import Data
 from knl.data.augment import centre_crop, crop_flip
@@ -35,17 +38,17 @@ class Synthetic:
         generator = np.random.Generator(np.random.PCG64(20170921))
         self._noise = generator.standard_normal(_NOISE_LENGTH, dtype=np.float32)
 
-    def train_batch(self, samples: np.ndarray, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    def train_batch(self, samples: NDArray[Any], epoch: int) -> tuple[NDArray[Any], NDArray[Any]]:
         images, labels = self._make(samples)
         if self._augments:
             return crop_flip(images, self.pixels, self._seed, epoch, samples), labels
         return centre_crop(images, self.pixels), labels
 
-    def test_batch(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def test_batch(self, samples: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
         images, labels = self._make(samples + self.train_samples)
         return centre_crop(images, self.pixels), labels
 
-    def _make(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _make(self, samples: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
         labels = (mix(1, samples) % np.uint64(self.classes)).astype(np.int64)
         starts = mix(2, samples) % np.uint64(_NOISE_LENGTH)
         images = np.empty((len(samples), 3, self._stored, self._stored), dtype=np.float32)
@@ -54,7 +57,7 @@ class Synthetic:
             image += self._pattern(int(label))
         return images, labels
 
-    def _fill_noise(self, out: np.ndarray, start: int) -> None:
+    def _fill_noise(self, out: NDArray[Any], start: int) -> None:
         """Copy the bank of noise from `start` on, round its end as often as needed."""
         done = 0
         while done < out.size:
@@ -62,7 +65,7 @@ class Synthetic:
             out[done : done + part.size] = part
             done, start = done + part.size, 0
 
-    def _pattern(self, label: int) -> np.ndarray:
+    def _pattern(self, label: int) -> NDArray[Any]:
         """[3, stored, stored]: a small random pattern of the class, magnified."""
         cells = np.arange(3 * _PATTERN * _PATTERN)
         small = np.where(mix(3, label, cells) & np.uint64(1), 1.0, -1.0).astype(np.float32)

@@ -19,9 +19,11 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from knl import native
 from knl.comm.agreement import Named
@@ -118,5 +120,5 @@ def _skipped(name: str, parameter: torch.Tensor, skip: Sequence[str]) -> bool:
     return False
 
 
-def _addresses(tensors: Sequence[torch.Tensor]) -> np.ndarray:
+def _addresses(tensors: Sequence[torch.Tensor]) -> NDArray[Any]:
     return np.array([tensor.data_ptr() for tensor in tensors], dtype=np.uint64)

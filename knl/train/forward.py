@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 _LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
 def to_tensors(
-    batch: tuple[np.ndarray, np.ndarray], layout: str
+    batch: tuple[NDArray[Any], NDArray[Any]], layout: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Images in the layout the network wants, and labels."""
     images, labels = batch
