@@ -9,8 +9,8 @@ PYTHON ?= python3
 STACK ?=
 VENV ?= .venv
 
-INSTALL = command -v $(PYTHON) >/dev/null || \
-	{ echo "no $(PYTHON): install Python 3.9 or newer, or name yours with make PYTHON=..." >&2; exit 1; }; \
+INSTALL = $(PYTHON) -c pass || \
+	{ echo "no $(PYTHON): install Python 3.9 or newer, or name yours: make PYTHON=/path/of/python" >&2; exit 1; }; \
 	venv=$$($(PYTHON) tools/install.py --venv "$(VENV)" --stack "$(STACK)" $(1)) || exit 1; bin="$$venv/bin"
 
 .PHONY: demo test clean
