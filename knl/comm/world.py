@@ -11,8 +11,8 @@ from knl.errors import InputError
 # Who may do the collectives (knl.comm.collectives), in the order that auto tries.
 Provider = Literal["auto", "oneccl", "torch_ccl", "mpi", "gloo"]
 
-# rank, size, local rank, local size: in the order in which launchers are recognised. An mpiexec that
-# runs inside a Slurm job starts helpers with srun, whose variables then describe the helpers.
+# rank, size, local rank, local size: in the order in which launchers are recognised. An mpiexec in
+# a Slurm job starts its helpers with srun, whose variables then describe the helpers.
 _LAUNCHERS = {
     "mpi": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
     "openmpi": (
