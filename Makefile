@@ -9,8 +9,8 @@ PYTHON ?= python3
 STACK ?=
 VENV ?= .venv
 
-INSTALL = $(PYTHON) -c pass || \
-	{ echo "no $(PYTHON): install Python 3.9 or newer, or name yours: make PYTHON=/path/of/python" >&2; exit 1; }; \
+INSTALL = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 9))' || \
+	{ echo "$(PYTHON) is not Python 3.9 or newer: name one with make PYTHON=/path/of/python3" >&2; exit 1; }; \
 	venv=$$($(PYTHON) tools/install.py --venv "$(VENV)" --stack "$(STACK)" $(1)) || exit 1; bin="$$venv/bin"
 
 .PHONY: demo test clean

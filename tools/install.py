@@ -25,6 +25,7 @@ DEBIAN = ["dataset-fashion-mnist", "slurm-wlm", "munge", "libpmi2-0", "openmpi-b
 
 
 def main() -> None:
+    """Print the folder of the environment, made ready."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--venv", required=True, type=Path)
     parser.add_argument("--stack", default="", help="knl, modern; from Python's version if empty")
@@ -78,6 +79,7 @@ def install(venv: Path, stack: str, extras: list[str]) -> None:
 
 
 def run(command: list[str], what: str) -> None:
+    """Run a step of the installation; its messages are shown only when it fails."""
     done = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
     if done.returncode != 0:
         sys.stderr.write(done.stderr)
@@ -90,8 +92,11 @@ def install_debian() -> None:
     if not missing:
         return
     if os.geteuid() != 0 or shutil.which("apt-get") is None:
-        print(f"tests that need {', '.join(missing)} will be skipped: not root on Debian, so "
-              f"install them yourself (apt install {' '.join(missing)})", file=sys.stderr)  # fmt: skip
+        print(
+            f"tests that need {', '.join(missing)} will be skipped: not root on Debian, so install "
+            f"them yourself (apt install {' '.join(missing)})",
+            file=sys.stderr,
+        )
         return
     quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     for command in (
@@ -100,12 +105,15 @@ def install_debian() -> None:
     ):
         done = subprocess.run(["apt-get", *command], env=quiet, stdout=subprocess.DEVNULL)
         if done.returncode != 0:
-            print(f"apt-get {command[0]} failed: tests that need {', '.join(missing)} will be "
-                  "skipped", file=sys.stderr)  # fmt: skip
+            print(
+                f"apt-get {command[0]} failed: tests that need {', '.join(missing)} will be skipped",
+                file=sys.stderr,
+            )
             return
 
 
 def debian_has(package: str) -> bool:
+    """Whether a Debian package is installed."""
     if shutil.which("dpkg-query") is None:
         return False
     query = ["dpkg-query", "-W", "-f", "${Status}", package]
