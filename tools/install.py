@@ -106,7 +106,7 @@ def install_debian() -> None:
         done = subprocess.run(["apt-get", *command], env=quiet, stdout=subprocess.DEVNULL)
         if done.returncode != 0:
             print(
-                f"apt-get {command[0]} failed: tests that need {', '.join(missing)} will be skipped",
+                f"apt-get {command[0]} failed; skipped will be what needs {', '.join(missing)}",
                 file=sys.stderr,
             )
             return
