@@ -116,6 +116,21 @@ def train(
         _train_as_launcher(ranks, recipe, overrides, run_dir, provider, as_json)
 
 
+@app.command()
+def topology(
+    fsroot: Path = typer.Option(Path("/"), help="Read a node's /proc and /sys below this folder."),
+    as_json: bool = typer.Option(False, "--json", help="Print one JSON object on stdout."),
+) -> None:
+    """Show what the node is: cores, tiles, memory, and what of it may be used.
+
+    Example: knl topology --json
+    """
+    from knl.topology import describe, read_topology
+
+    node = read_topology(fsroot)
+    print(json.dumps(node.to_json()) if as_json else describe(node))
+
+
 def _train_as_launcher(
     ranks: int,
     recipe: str,
