@@ -163,7 +163,7 @@ def _train_as_rank(
     provider: str,
     as_json: bool,
 ) -> None:
-    if world.uses_mpi:
+    if world.launcher == "mpi":
         from knl.launch import become_ready
 
         become_ready()

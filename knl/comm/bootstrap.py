@@ -38,6 +38,8 @@ class MpiBootstrap:
     """Over mpi4py, which initialises MPI with thread support for oneCCL's workers."""
 
     def __init__(self, world: World) -> None:
+        if world.launcher == "openmpi":  # else mpi4py would take the stack's Intel MPI
+            os.environ.setdefault("MPI4PY_MPIABI", "openmpi")
         try:
             from mpi4py import MPI
         except (ImportError, RuntimeError) as error:
@@ -47,7 +49,7 @@ class MpiBootstrap:
             ) from None
         self.comm = MPI.COMM_WORLD
         if (self.comm.rank, self.comm.size) != (world.rank, world.size):
-            library = MPI.Get_library_version().splitlines()[0].strip("\0 ")
+            library = mpi_version()
             raise InputError(
                 f"the launcher says rank {world.rank} of {world.size}, but {library} says "
                 f"rank {self.comm.rank} of {self.comm.size}: start the job with that MPI's own "
@@ -119,6 +121,14 @@ def together(bootstrap: Bootstrap, action: Callable[[], _Result]) -> _Result:
     kind = InputError if int(code) == InputError.exit_code else FailedError
     where = "" if len(failed) == len(problems) else f"rank {rank}: "
     raise kind(where + message, shared=True)
+
+
+def mpi_version() -> str:
+    """Name and version of the MPI in this process."""
+    from mpi4py import MPI
+
+    first = MPI.Get_library_version().splitlines()[0]
+    return first.split(",")[0].replace(" for Linux* OS", "").strip("\0 ")  # type: ignore[no-any-return]
 
 
 def _first_line(error: BaseException) -> str:

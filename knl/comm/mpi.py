@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from knl.comm.bootstrap import Bootstrap, MpiBootstrap
+from knl.comm.bootstrap import Bootstrap, MpiBootstrap, mpi_version
 from knl.comm.collectives import ProviderUnavailable
 from knl.errors import CollectiveTimeoutError
 
@@ -47,7 +47,7 @@ class Mpi:
 
         # A communicator of our own, so that nothing else on COMM_WORLD can meet our messages.
         self._comm, self._in_place = comm.Dup(), MPI.IN_PLACE
-        self.version = MPI.Get_library_version().splitlines()[0].strip("\0 ")
+        self.version = mpi_version()
 
     def allreduce(self, tensor: torch.Tensor) -> _Request:
         return _Request(self._comm.Iallreduce(self._in_place, tensor.numpy()))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import math
 import struct
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,13 +116,13 @@ def read_idx(path: Path, dimensions: int) -> NDArray[Any]:
             f"{path}[.gz] not found: set data.path to the folder with the IDX files "
             "(on Debian: apt install dataset-fashion-mnist)"
         ) from None
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}[.gz] cannot be read: {error}") from None
     header = 4 + 4 * dimensions
     if len(raw) < header or raw[:4] != bytes([0, 0, 8, dimensions]):
         raise InputError(f"{path}: not an IDX file of bytes in {dimensions} dimension(s)")
     shape = struct.unpack(f">{dimensions}I", raw[4:header])
-    if len(raw) - header != int(np.prod(shape, dtype=np.int64)):
+    if len(raw) - header != math.prod(shape):
         raise InputError(f"{path}: {len(raw) - header} bytes of data, its header says {shape}")
     return np.frombuffer(raw, dtype=np.uint8, offset=header).reshape(shape)
 
