@@ -97,7 +97,9 @@ def launch(ranks: int, arguments: Sequence[str], columns: int | None) -> int:
     environment.setdefault("OMP_NUM_THREADS", str(threads))
     if columns:
         environment["KNL_TERMINAL_COLUMNS"] = str(columns)
-    command = [str(mpi.mpiexec), "-n", str(ranks), sys.executable, "-m", "knl", *arguments]
+    # In a Slurm job Intel's mpiexec would start the ranks on the job's nodes.
+    here = ["-hosts", "localhost"] if mpi.kind == "intel" else []
+    command = [str(mpi.mpiexec), *here, "-n", str(ranks), sys.executable, "-m", "knl", *arguments]
     try:
         with subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL) as process:
             return _wait(process)

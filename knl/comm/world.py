@@ -57,15 +57,17 @@ def world_from(environment: Mapping[str, str]) -> World:
 
 
 def _slurm_step(environment: Mapping[str, str]) -> World:
-    """A task of srun. A job's script, or a step of one task such as a shell, is a world of one, and
-    PMI's variables may be left over from an outer step: they are not read."""
+    """A task of srun. A job's script, or a step of one task such as a shell, is a world of one.
+    PMI's variables may be left over from an outer step, so rank and size are Slurm's own."""
     names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
     if not all(name in environment for name in names):
         return SINGLE
     rank, size, local_rank = (_number(environment, name) for name in names)
     if size == 1:
         return SINGLE
-    if environment.get("PMI_SIZE") != str(size) and "PMIX_RANK" not in environment:
+    step = f"{environment.get('SLURM_JOB_ID')}.{environment.get('SLURM_STEP_ID')}"
+    has_pmi = environment.get("PMI_SIZE") == str(size) and environment.get("PMI_JOBID") == step
+    if not has_pmi and "PMIX_RANK" not in environment:
         raise InputError(
             f"srun started {size} tasks without PMI, so they cannot find each other: "
             "use srun --mpi=pmi2",
