@@ -5,8 +5,22 @@ from __future__ import annotations
 from torch import nn
 
 from knl.config import Model
+from knl.errors import InputError
 from knl.models.alexnet import alexnet, alexnet_bn, alexnet_torch
 from knl.models.resnet import resnet50, resnet_small
+
+# Networks whose classifier fixes the size of their pictures.
+_PIXELS = {"alexnet": 227, "alexnet-bn": 227, "alexnet-torch": 224}
+
+
+def require_pixels(model: Model, pixels: int) -> None:
+    """Raise InputError where the network cannot take pictures of so many pixels a side."""
+    wanted = _PIXELS.get(model.name, pixels)
+    if pixels != wanted:
+        raise InputError(
+            f"model.name = {model.name!r}: takes {wanted} pixels a side, the data has {pixels}; "
+            f"set data.crop = {wanted} with a data.image_size of at least that, or another model"
+        )
 
 
 def build_model(model: Model, channels: int, classes: int) -> nn.Module:

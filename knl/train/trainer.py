@@ -18,7 +18,7 @@ from knl.data.dataset import Dataset
 from knl.data.hashing import mix
 from knl.data.lanes import Lanes, lanes_of
 from knl.errors import NonFiniteError
-from knl.models import build_model
+from knl.models import build_model, require_pixels
 from knl.optim.lars import Lars
 from knl.optim.schedule import lr_at
 from knl.train.batchnorm import RunningStatistics
@@ -44,8 +44,8 @@ class Outcome:
 class Trainer:
     """A network in training on this rank: its lanes, its gradients, its optimiser.
 
-    Raises InputError when the set is smaller than a global batch, FailedError when the ranks'
-    models differ.
+    Raises InputError when the set is smaller than a global batch or its pictures do not fit the
+    network, FailedError when the ranks' models differ.
     """
 
     def __init__(self, recipe: Recipe, dataset: Dataset, ranks: Ranks) -> None:
@@ -55,6 +55,7 @@ class Trainer:
         self.lanes = Lanes(
             dataset.train_samples, train.lanes, train.lane_batch, train.seed, recipe.data.chunk
         )
+        require_pixels(recipe.model, dataset.pixels)
         self.my_lanes = lanes_of(ranks.world.rank, ranks.world.size, train.lanes)
         torch.manual_seed(train.seed)
         model = build_model(recipe.model, dataset.channels, dataset.classes)

@@ -64,6 +64,7 @@ def test_version_and_list_and_print():
         (["train", "resnet50-32k"], ["data.name = 'packed'", "data.name=synthetic"]),
         (["train", "fashion-mnist", "--set", "data.path=/no/where"], ["/no/where", "data.path"]),
         (["train", "digits", "--set", "data.crop=9"], ["data.crop = 9", "0 to 8"]),
+        (["train", "digits", "--set", "model.name=alexnet"], ["alexnet", "227", "data has 8"]),
         (["train", "digits", "--run-dir", "/proc/x"], ["/proc/x", "cannot be written"]),
     ],
 )
