@@ -64,7 +64,7 @@ class Train(_Section, frozen=True):
     lanes: _Positive
     lane_batch: _Positive
     steps: _Count = 0
-    seed: _Count = 0
+    seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] = 0
     eval_every: _Count = 1
     label_smoothing: Annotated[float, Meta(ge=0, lt=1)] = 0.0
     dtype: Literal["fp32", "bf16"] = "fp32"

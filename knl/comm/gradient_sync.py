@@ -57,10 +57,10 @@ class GradientSync:
         self._arrived: list[int] | None = []  # order of the first backward; None once it is known
         self._armed = False
         self._next = 0  # buckets start in order, the same on every rank
-        if ranks.world.size == 1:
-            return
         for parameter in self.parameters:
             make_dense(parameter)
+        if ranks.world.size == 1:
+            return
         require_same_layout(ranks, named, timeout)
         for _, parameter in named:
             ranks.collectives.broadcast(flat(parameter), root=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import math
 import struct
 import zlib
@@ -61,10 +62,16 @@ class ArrayDataset:
 
 def read_digits(path: str) -> tuple[Split, Split]:
     """1,797 handwritten digits of 8x8 pixels (UCI, in scikit-learn); every fifth of a fixed shuffle
-    is for testing: 1,437 and 360."""
-    from sklearn.datasets import load_digits
+    is for testing: 1,437 and 360.
 
-    images, labels = load_digits(return_X_y=True)
+    Reads scikit-learn's file without importing it, as it would bring a second OpenMP runtime.
+    Raises InputError when it is not installed.
+    """
+    package = importlib.util.find_spec("sklearn")
+    if package is None or package.origin is None:
+        raise InputError("data.name = 'digits': is in scikit-learn; pip install scikit-learn")
+    table = np.loadtxt(Path(package.origin).parent / "datasets/data/digits.csv.gz", delimiter=",")
+    images, labels = table[:, :-1], table[:, -1]
     order = np.argsort(mix(np.arange(len(labels))), kind="stable")
     tests = order[::5]
     trains = np.setdiff1d(order, tests)
@@ -95,8 +102,13 @@ def read_fashion_mnist(path: str) -> tuple[Split, Split]:
                 f"{folder}: {name}: {len(images)} pictures and {len(labels)} labels, must be equal "
                 f"in number and labels 0 to 9 (highest {labels.max(initial=0)})"
             )
-    pixels = parts["train"][0]
-    mean, spread = pixels.mean(), pixels.std()
+    pixels, other = parts["train"][0], parts["t10k"][0]
+    if not pixels.size or pixels.shape[1] != pixels.shape[2] or pixels.shape[1:] != other.shape[1:]:
+        raise InputError(
+            f"{folder}: pictures of {pixels.shape} to train and {other.shape} to test: "
+            "must be square, of one size, and at least one"
+        )
+    mean, spread = pixels.mean(), max(float(pixels.std()), 1e-6)
     train, test = (
         _split(images[:, None], labels, mean, spread) for images, labels in parts.values()
     )

@@ -26,9 +26,8 @@ class Synthetic:
         self.classes = data.classes
         stored = data.image_size or data.crop or 32
         if stored < _PATTERN:
-            raise InputError(
-                f"data.image_size = {stored}: synthetic pictures have at least {_PATTERN}"
-            )
+            key = "data.image_size" if data.image_size else "data.crop"
+            raise InputError(f"{key} = {stored}: synthetic pictures have at least {_PATTERN}")
         self.pixels = data.crop or stored
         self.train_samples = data.samples
         self.test_samples = max(1, data.samples // _TEST_SHARE)

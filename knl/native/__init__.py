@@ -14,7 +14,7 @@ from pathlib import Path
 
 from knl.errors import FailedError
 
-_OPENMP = re.compile(r"/lib(?:gomp|iomp5|omp)[^/]*\.so")
+_OPENMP = re.compile(r"/lib(?:gomp|iomp5|omp)(?:-[^/]*)?\.so")
 
 
 def loaded_libraries() -> list[str]:
@@ -35,11 +35,14 @@ def load_lars() -> ctypes.CDLL:
 
     Raises FailedError when the package was installed without its compiled part.
     """
-    import torch  # noqa: F401  brings the OpenMP runtime
+    import torch  # brings the OpenMP runtime
 
-    # The kernel names no runtime of its own; it takes the symbols of the one that is here.
+    # The kernel names no runtime of its own: it takes the symbols of torch's, or of a preloaded
+    # libiomp5, which come first wherever symbols are looked up.
+    home = str(Path(torch.__file__).parent)
     for path in openmp_runtimes():
-        ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+        if path.startswith(home):
+            ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
     return ctypes.CDLL(str(compiled("libknl_lars.so")))
 
 

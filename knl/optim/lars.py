@@ -9,9 +9,10 @@ With the trust ratio r = eta |w| / (|g| + wd |w|) of each tensor, the forms in u
   sgd    v = m v + (g + wd w);        w -= lr v       no ratio: the Goyal et al. baseline
 
 `paper` keeps the learning rate inside the momentum, so it differs from `torch` whenever the rate
-changes. Where |w| or |g| is zero, r is 1, as in the paper's own code (NVCaffe, Intel Caffe). A
-tensor on the skip list gets r = 1 and no weight decay, as in MLPerf's reference. So do biases and
-BatchNorm by default: a bias starts at |w| = 0 and would otherwise move at the full global rate.
+changes. Where |w| or |g| is zero, r and r' are 1, as in the paper's own code (NVCaffe, Intel
+Caffe). A tensor on the skip list moves at the global rate, r = 1, without weight decay, as in
+MLPerf's reference. So do biases and BatchNorm by default: it lifted a run at batch 8K from 74.3 to
+76.1 % (PaddlePaddle pull request 26733).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 
 from knl import native
 from knl.comm.agreement import Named
-from knl.errors import NonFiniteError
+from knl.errors import InputError, NonFiniteError
 
 FORMS = ("paper", "torch", "nus", "larc", "sgd")  # in the order of lars.cpp's Form
 NUS_MAX_TRUST = 50.0
@@ -44,9 +45,9 @@ class StepReport:
 class Lars:
     """Updates float32 parameters in place, all tensors in one native call.
 
-    `named`: parameters; their gradients must have the parameters' own strides. `skip`: "bias" and
-    "norm" leave out biases and the parameters of normalisation layers (every tensor of one
-    dimension), any other word the tensors with that word in their name.
+    `named`: dense parameters. `skip`: "bias" leaves out every tensor of that name, "norm" every
+    other of one dimension (the gains of normalisation layers), any other word the tensors with it
+    in their name. Raises InputError naming a parameter that is not float32.
     `momentum_buffers` and the last `trust` (one number a tensor) may be read at any time.
     """
 
@@ -62,6 +63,9 @@ class Lars:
     ) -> None:
         self.names = [name for name, _ in named]
         self.parameters = [parameter for _, parameter in named]
+        for name, parameter in named:
+            if parameter.dtype != torch.float32:
+                raise InputError(f"{name} is {parameter.dtype}: LARS updates torch.float32 alone")
         self.momentum_buffers = [torch.zeros_like(p, requires_grad=False) for p in self.parameters]
         self.form, self.momentum, self.eta = FORMS.index(form), momentum, eta
         self.skipped = np.array([_skipped(name, p, skip) for name, p in named], dtype=bool)

@@ -16,7 +16,7 @@ def lr_at(schedule: Schedule, epoch: float, epochs: float) -> float:
     s = schedule
     if epoch < s.warmup_epochs:
         return s.warmup_lr + (s.lr - s.warmup_lr) * epoch / s.warmup_epochs
-    if s.decay == "poly" and epoch > s.warmup_epochs:
+    if s.decay == "poly" and epochs > s.warmup_epochs:
         done = (epoch - s.warmup_epochs) / (epochs - s.warmup_epochs)
         return s.lr * max(0.0, 1.0 - done) ** s.power
     if s.decay == "multi-step":

@@ -22,6 +22,7 @@ REFUSED = {
     "train.epochs=nan": ["train.epochs = nan"],
     "train.epochs=inf": ["train.epochs = inf"],
     "train.seed=-1": ["train.seed = -1", ">= 0"],
+    "train.seed=99999999999999999999": ["train.seed = 9999"],
     "train.dtype=fp16": ["train.dtype = 'fp16'", "fp32, bf16"],
     "train.layout=nchw": ["train.layout = 'nchw'", "contiguous, channels_last"],
     "schedule.lr=-0.1": ["schedule.lr = -0.1", ">= 0"],
