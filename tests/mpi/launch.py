@@ -161,7 +161,9 @@ def check_ranks(script: str, ranks: int, folder: Path) -> Outcomes:
     """Run a script of checks; it gets the folder to report into."""
     try:
         done = run_ranks(script, ranks, folder)
-        end = f"exit status {done.returncode}{done.stdout[-2000:]}{done.stderr[-2000:]}"
+        end = f"exit status {done.returncode}"
+        if done.returncode != 0:
+            end = f"{end}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
     except (AssertionError, pytest.fail.Exception) as error:
         end = str(error)
     return Outcomes(folder, ranks, end)

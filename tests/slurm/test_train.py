@@ -22,7 +22,7 @@ ONE_STEP = ("train", "digits", "--json", "--set", "train.steps=1")
 
 
 def slurm(
-    cluster: SlurmCluster, *command: str, timeout: float = 90.0, **environment: str
+    cluster: SlurmCluster, *command: str, timeout: float = 120.0, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Run one of Slurm's commands; when it takes too long, cancel its job and fail."""
     try:
@@ -112,7 +112,7 @@ def test_gloo_finds_its_way_between_nodes(cluster, tmp_path):
 def test_ranks_can_be_started_on_the_host_of_a_job(cluster, tmp_path, start):
     mpiexec(2)  # skips where there is no stack
     train = knl(*ONE_STEP, "-n", "2", "--run-dir", str(tmp_path / "run"))
-    bounded = ["timeout", "--kill-after=2", "40", *train]
+    bounded = ["timeout", "--kill-after=2", "80", *train]
     if start == "a batch script":
         script = tmp_path / "job.sh"
         script.write_text(f"#!/bin/sh\n{shlex.join(bounded)}\n")

@@ -175,6 +175,13 @@ def test_labels_that_do_not_fit_the_pictures_are_refused(tmp_path, labels):
         read_fashion_mnist(str(tmp_path))
 
 
+@pytest.mark.parametrize("shape", [(20, 28, 30), (20, 14, 14)])
+def test_pictures_that_are_not_square_or_of_two_sizes_are_refused(tmp_path, shape):
+    write_fashion(tmp_path, t10k_images=np.zeros(shape))
+    with pytest.raises(InputError, match=r"must be square, of one size"):
+        read_fashion_mnist(str(tmp_path))
+
+
 def synthetic(seed=0, **keys):
     return open_dataset(Data(name="synthetic", **keys), seed)
 
