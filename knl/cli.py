@@ -6,8 +6,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn, Optional
 
@@ -110,10 +109,11 @@ def train(
             f"{world.launcher}; leave -n out here, or start knl without a launcher",
             shared=True,
         )
+    request = _Request(recipe, overrides, run_dir, provider, as_json)
     if ranks is None or ranks == 1:
-        _train_as_rank(world, recipe, overrides, run_dir, provider, as_json)
+        _train_as_rank(world, request)
     else:
-        _train_as_launcher(ranks, recipe, overrides, run_dir, provider, as_json)
+        _train_as_launcher(ranks, request)
 
 
 @app.command()
@@ -131,38 +131,35 @@ def topology(
     print(json.dumps(node.to_json()) if as_json else describe(node))
 
 
-def _train_as_launcher(
-    ranks: int,
-    recipe: str,
-    overrides: Sequence[str],
-    run_dir: Path | None,
-    provider: str,
-    as_json: bool,
-) -> None:
+@dataclass(frozen=True)
+class _Request:
+    """What `knl train` was asked for."""
+
+    recipe: str
+    overrides: list[str]
+    run_dir: Path | None
+    provider: str
+    as_json: bool
+
+
+def _train_as_launcher(ranks: int, request: _Request) -> None:
     """Refuse what can be refused before anything starts, then start the ranks."""
     from knl.config import load_recipe, require_ranks_fit
     from knl.launch import launch
 
-    require_ranks_fit(load_recipe(recipe, overrides), ranks)
-    arguments = ["train", recipe, "--provider", provider]
-    for override in overrides:
+    require_ranks_fit(load_recipe(request.recipe, request.overrides), ranks)
+    arguments = ["train", request.recipe, "--provider", request.provider]
+    for override in request.overrides:
         arguments += ["--set", override]
-    if run_dir is not None:
-        arguments += ["--run-dir", str(run_dir)]
-    if as_json:
+    if request.run_dir is not None:
+        arguments += ["--run-dir", str(request.run_dir)]
+    if request.as_json:
         arguments.append("--json")
     columns = shutil.get_terminal_size().columns if sys.stderr.isatty() else None
     raise typer.Exit(launch(ranks, arguments, columns))
 
 
-def _train_as_rank(
-    world: World,
-    recipe: str,
-    overrides: Sequence[str],
-    run_dir: Path | None,
-    provider: str,
-    as_json: bool,
-) -> None:
+def _train_as_rank(world: World, request: _Request) -> None:
     if world.launcher == "mpi":
         from knl.launch import become_ready
 
@@ -172,9 +169,15 @@ def _train_as_rank(
     from knl.train.job import run_job
 
     with stdout_to(STDERR) as stdout:  # nothing but the result may stand there
-        bootstrap = open_bootstrap(world)
-        result = run_job(world, bootstrap, recipe, overrides, run_dir, provider)
-        if as_json and result is not None:
+        result = run_job(
+            world,
+            open_bootstrap(world),
+            request.recipe,
+            request.overrides,
+            request.run_dir,
+            request.provider,
+        )
+        if request.as_json and result is not None:
             os.write(stdout, json.dumps(result).encode() + b"\n")
 
 
