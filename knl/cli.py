@@ -125,7 +125,8 @@ def topology(
 
     Example: knl topology --json
     """
-    from knl.topology import describe, read_topology
+    from knl.sysfs import read_topology
+    from knl.topology import describe
 
     node = read_topology(fsroot)
     print(json.dumps(node.to_json()) if as_json else describe(node))

@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from knl.cpulist import format_cpulist, parse_cpulist, parse_cpumap
 from knl.errors import InputError
-from knl.topology import format_cpulist, parse_cpulist, parse_cpumap, read_topology
+from knl.sysfs import read_topology
 
 from .trees import GB, QUADRANT_FLAT, TREES, knl, snc_flat
 

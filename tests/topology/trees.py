@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from knl.topology import format_cpulist
+from knl.cpulist import format_cpulist
 
 GB = 1 << 30
 KNL_FLAGS = "avx avx2 fma avx512f avx512pf avx512er avx512cd"
