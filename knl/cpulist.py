@@ -9,8 +9,8 @@ def parse_cpulist(text: str) -> tuple[int, ...]:
     """CPUs of a list such as 0-3,8,10-11, in its order. Raises ValueError."""
     cpus: list[int] = []
     for part in filter(None, text.strip().split(",")):
-        first, _, last = part.partition("-")
-        cpus += range(int(first), int(last or first) + 1)
+        first, dash, last = part.partition("-")
+        cpus += range(int(first), int(last if dash else first) + 1)
     return tuple(cpus)
 
 

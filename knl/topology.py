@@ -192,7 +192,7 @@ def memory_nodes(
     hbm_only = (
         _is_max(cpu_model)
         and all(node.cpus for node in nodes.values())
-        and sum(node.bytes for node in nodes.values()) <= sockets * _HBM_SOCKET_BYTES
+        and 0 < sum(node.bytes for node in nodes.values()) <= sockets * _HBM_SOCKET_BYTES
     )
     found = []
     for number, node in sorted(nodes.items()):

@@ -48,6 +48,8 @@ class Tree:
             f"model\t\t: {self.model}", f"model name\t: {self.name}", f"flags\t\t: {self.flags}",
         ]  # fmt: skip
         files = {"proc/cpuinfo": "\n".join(lines) + "\n\nprocessor\t: 1\nmodel\t\t: 0\n"}
+        # Without it hwloc takes no x86 fields from cpuinfo.
+        files["proc/hwloc-nofile-info"] = "OSName: Linux\nArchitecture: x86_64\n"
         if self.allowed:
             files["proc/self/status"] = f"Name:\tx\nCpus_allowed_list:\t{self.allowed}\n"
         if self.hwloc:
@@ -63,6 +65,13 @@ class Tree:
                 if self.tiles[n] == self.tiles[number]
                 for c in cs
             ]
+            socket = [
+                c
+                for n, cs in enumerate(self.cores)
+                if self.sockets[n] == self.sockets[number]
+                for c in cs
+                if c not in self.offline
+            ]
             for cpu in threads:
                 base = f"sys/devices/system/cpu/cpu{cpu}"
                 if cpu in self.offline:
@@ -72,6 +81,7 @@ class Tree:
                 files[f"{base}/topology/core_id"] = f"{(self.core_ids or range(999))[number]}\n"
                 files[f"{base}/topology/physical_package_id"] = f"{self.sockets[number]}\n"
                 files.update(self._set(f"{base}/topology/thread_siblings", "_list", online))
+                files.update(self._set(f"{base}/topology/core_siblings", "_list", socket))
                 files[f"{base}/cache/index2/level"] = "2\n"
                 shared = [c for c in mates if c not in self.offline]
                 files.update(self._set(f"{base}/cache/index2/shared_cpu_map", "list", shared))
@@ -131,6 +141,15 @@ def snc_flat(parts: int, mcdram_of: Sequence[int]) -> Tree:
         ]
         rows.append(row)
     return knl([*ddr, *[((), 16 * GB // parts)] * parts], rows)
+
+
+def hmat(bandwidths: Sequence[int], access: str = "access0") -> dict[str, str]:
+    """Files of nodes 0, 1, ... that tell their read bandwidth in MB/s; of none where it is 0."""
+    return {
+        f"sys/devices/system/node/node{n}/{access}/initiators/read_bandwidth": f"{value}\n"
+        for n, value in enumerate(bandwidths)
+        if value
+    }
 
 
 ALL68 = range(68)
