@@ -12,7 +12,7 @@ from typing import NoReturn, Optional
 
 import typer
 
-from knl import __version__
+from knl import __version__, cli_node
 from knl.comm.world import SINGLE, Provider, World, world_from
 from knl.errors import FailedError, InputError, KnlError
 
@@ -116,20 +116,8 @@ def train(
         _train_as_launcher(ranks, request)
 
 
-@app.command()
-def topology(
-    fsroot: Path = typer.Option(Path("/"), help="Read a node's /proc and /sys below this folder."),
-    as_json: bool = typer.Option(False, "--json", help="Print one JSON object on stdout."),
-) -> None:
-    """Show what the node is: cores, tiles, memory, and what of it may be used.
-
-    Example: knl topology --json
-    """
-    from knl.sysfs import read_topology
-    from knl.topology import describe
-
-    node = read_topology(fsroot)
-    print(json.dumps(node.to_json()) if as_json else describe(node))
+for command in (cli_node.topology, cli_node.plan, cli_node.show, cli_node.env, cli_node.run):
+    app.command()(command)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,101 @@
+"""What can be chosen about a node, and what the rule chooses before anything was measured."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Literal, Optional, get_args
+
+import msgspec
+
+from knl.topology import Topology
+
+Allocator = Literal["glibc", "glibc-heap", "tcmalloc", "jemalloc"]
+OpenMp = Literal["libgomp", "libiomp5"]
+MemoryChoice = Literal["auto", "none", "preferred", "bind"]
+Layout = Literal["contiguous", "channels_last", "ipex"]
+Dtype = Literal["fp32", "bf16"]
+# CCL_ALLREDUCE; "" leaves the choice to oneCCL.
+Allreduce = Literal["", "rabenseifner", "ring", "nreduce", "2d", "direct", "recursive_doubling"]
+LAYOUTS = get_args(Layout)
+
+IPEX = "intel-extension-for-pytorch"
+# File names, best first; a bare name is looked up in the folders of find_library.
+_LIBRARIES = {
+    "tcmalloc": ("libtcmalloc.so.4", "libtcmalloc_minimal.so.4", "libtcmalloc.so"),
+    "jemalloc": ("libjemalloc.so.2", "libjemalloc.so"),
+    "libiomp5": ("libiomp5.so",),
+}
+_FOLDERS = ("/usr/lib/x86_64-linux-gnu", "/usr/lib64", "/usr/local/lib", "/usr/lib")
+
+
+class Choices(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One way to run a node; `knl tune` searches over these.
+
+    `reserve_cores`: of the node, kept from compute; `comm_workers`: of oneCCL, a rank; None for the
+    rule's (knl.placement). `blocktime_ms`: how long an idle OpenMP thread spins. `hugepages`:
+    ask for transparent huge pages. `memory`: policy for MCDRAM or HBM in flat mode.
+    """
+
+    ranks_per_node: int
+    threads_per_core: int = 1
+    reserve_cores: Optional[int] = None
+    comm_workers: Optional[int] = None
+    allreduce: Allreduce = ""
+    openmp: OpenMp = "libgomp"
+    blocktime_ms: int = 200
+    allocator: Allocator = "glibc"
+    hugepages: bool = False
+    memory: MemoryChoice = "auto"
+    layout: Layout = "contiguous"
+    dtype: Dtype = "fp32"
+    compile: bool = False
+
+
+def rule_choices(node: Topology, ranks: int, environment: Mapping[str, str]) -> Choices:
+    """What the rule picks from what is installed here.
+
+    channels_last is worth 1.7 on torch 2, `ipex.optimize` 1.6 on torch 1.11; an allocator that
+    keeps its pages another tenth at least. libiomp5 is Intel's own, made for KNL's many threads.
+    """
+    iomp = node.uarch in ("knl", "knm", "skx", "icx", "spr", "emr") and bool(
+        find_library("libiomp5", environment)
+    )
+    return Choices(
+        ranks_per_node=ranks,
+        openmp="libiomp5" if iomp else "libgomp",
+        blocktime_ms=1 if iomp else 200,
+        allocator=allocators(environment)[-1],
+        layout="ipex" if has_ipex() else "channels_last",
+    )
+
+
+def allocators(environment: Mapping[str, str]) -> list[Allocator]:
+    """Those that can be used here; the last is the one that the rule takes."""
+    found: list[Allocator] = ["glibc", "glibc-heap"]
+    if find_library("jemalloc", environment):
+        found.append("jemalloc")
+    if find_library("tcmalloc", environment):
+        found.append("tcmalloc")
+    return found
+
+
+def has_ipex() -> bool:
+    """Whether Intel's extension for PyTorch is installed; does not import it."""
+    try:
+        metadata.version(IPEX)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def find_library(name: str, environment: Mapping[str, str]) -> str:
+    """Path of tcmalloc, jemalloc or libiomp5; "" where there is none."""
+    loader = filter(None, environment.get("LD_LIBRARY_PATH", "").split(":"))
+    for folder in [f"{sys.prefix}/lib", *loader, *_FOLDERS]:
+        for file in _LIBRARIES[name]:
+            if (path := Path(folder) / file).exists():
+                return str(path)
+    return ""

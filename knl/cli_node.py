@@ -1,0 +1,170 @@
+"""Commands about one node: topology, doctor, plan, show, env, run, tune."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Optional
+
+import typer
+
+from knl.comm.world import world_from
+from knl.errors import InputError
+
+if TYPE_CHECKING:
+    from knl.topology import Topology
+
+_FSROOT = typer.Option(Path("/"), help="Read a node's /proc and /sys below this folder.")
+_JSON = typer.Option(False, "--json", help="Print one JSON object on stdout.")
+_PROFILE = typer.Option(
+    None,
+    "--profile",
+    help="A profile of knl tune; the newest that fits this node if not given, else the rule.",
+)
+
+
+def topology(
+    fsroot: Path = _FSROOT,
+    xml: Optional[Path] = typer.Option(None, help="Read a file of hwloc's lstopo instead."),
+    as_json: bool = _JSON,
+) -> None:
+    """Show what the node is: cores, tiles, memory, and what of it may be used.
+
+    Example: knl topology --json
+    """
+    from knl.topology import describe
+
+    node = _read(fsroot, xml)
+    print(json.dumps(node.to_json()) if as_json else describe(node))
+
+
+def plan(
+    fsroot: Path = _FSROOT,
+    xml: Optional[Path] = typer.Option(None, help="Read a file of hwloc's lstopo instead."),
+    ranks: Optional[int] = typer.Option(
+        None, "--ranks-per-node", min=1, help="Ranks on the node; one for each NUMA domain."
+    ),
+    as_json: bool = _JSON,
+) -> None:
+    """Say where everything would run on this node, by rule: CPUs, memory, environment.
+
+    Example: knl plan --ranks-per-node 2
+    """
+    from knl.plan import describe, plan_by_rule
+
+    found = plan_by_rule(_read(fsroot, xml), ranks, os.environ)
+    if as_json:
+        print(json.dumps(found.to_json()))
+        return
+    print(describe(found))
+    _warn(found.warnings)
+
+
+def show(
+    file: Optional[Path] = typer.Argument(
+        None, help="A profile; the one that knl run would use if not given."
+    ),
+    fsroot: Path = _FSROOT,
+    ranks: Optional[int] = typer.Option(None, "--ranks-per-node", min=1, help="Ranks on the node."),
+    png: Optional[Path] = typer.Option(None, help="Draw a picture into this file, too."),
+) -> None:
+    """Draw where each rank runs: one row a rank, one column a core.
+
+    Example: knl show --png placement.png
+    """
+    from knl.profile import plan_for
+    from knl.show import picture, text
+
+    node = _read(fsroot, None)
+    found, where = plan_for(node, ranks, file, os.environ)
+    print(where)
+    print(text(node, found, color=sys.stdout.isatty()))
+    if png is not None:
+        picture(node, found, png)
+    _warn(found.warnings)
+
+
+def env(
+    file: Optional[Path] = typer.Argument(
+        None, help="A profile; the one that knl run would use if not given."
+    ),
+    ranks: Optional[int] = typer.Option(None, "--ranks-per-node", min=1, help="Ranks on the node."),
+) -> None:
+    """Print the plan's environment as export lines for a shell.
+
+    Example: eval "$(knl env p.json)"
+    """
+    from knl.profile import plan_for
+
+    found, where = plan_for(_read(Path("/"), None), ranks, file, os.environ)
+    print(f"# {where}")
+    for name, setting in found.env.items():
+        print(f"export {name}={shlex.quote(setting.value)}  # {setting.source}: {setting.reason}")
+    _warn(found.warnings)
+
+
+def run(
+    command: list[str] = typer.Argument(..., metavar="-- CMD ...", help="The program."),
+    profile: Optional[Path] = _PROFILE,
+    ranks: Optional[int] = typer.Option(
+        None, "-n", min=1, help="Ranks to start; as many as the plan has if not given."
+    ),
+    verify: bool = typer.Option(
+        False, "--verify", help="Print a proof from live masks; end ranks outside their CPUs."
+    ),
+    prefix: bool = typer.Option(False, "--prefix", help="Put the rank before lines of output."),
+) -> None:
+    """Run any program under the plan: as several bound ranks, or as the rank that a launcher made.
+
+    Example: knl run -n 2 --verify -- python train.py
+
+    Ranks started here find each other by torchrun's variables. For MPI put the launcher outside:
+    srun knl run -- ./program, or mpiexec -n 2 knl run -- ./program.
+    """
+    from knl.profile import plan_for, plan_of_rank
+    from knl.run import become, start
+
+    node = _read(Path("/"), None)
+    world = world_from(os.environ)
+    environment = dict(os.environ)
+    if world.launcher == "single":
+        found, where = plan_for(node, ranks, profile, environment)
+        _say(where, found.warnings)
+        raise typer.Exit(start(found, command, environment, verify, prefix))
+    if ranks is not None:
+        raise InputError(
+            f"-n {ranks}: this is already rank {world.rank} of {world.size} of a launch by "
+            f"{world.launcher}; leave -n out here",
+            shared=True,
+        )
+    if world.launcher == "mpi":
+        from knl.launch import mpi_environment
+
+        environment.update(mpi_environment(environment))
+    found, number, where = plan_of_rank(node, world, profile, environment)
+    if world.rank == 0:
+        _say(where, found.warnings)
+    become(found, number, command, environment, verify)
+
+
+def _read(fsroot: Path, xml: Path | None) -> Topology:
+    if xml is None:
+        from knl.sysfs import read_topology
+
+        return read_topology(fsroot)
+    from knl.lstopo import read_lstopo
+
+    return read_lstopo(xml)
+
+
+def _say(where: str, warnings: tuple[str, ...]) -> None:
+    print(f"knl: {where}", file=sys.stderr, flush=True)
+    _warn(warnings)
+
+
+def _warn(warnings: tuple[str, ...]) -> None:
+    for warning in warnings:
+        print(f"knl: {warning}", file=sys.stderr, flush=True)

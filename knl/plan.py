@@ -1,0 +1,186 @@
+"""Where everything runs on one node: CPUs, memory, environment. By rule, without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import msgspec
+
+from knl.choices import Choices, find_library, rule_choices
+from knl.cpulist import format_cpulist
+from knl.placement import Placement, domains, place
+from knl.settings import Setting, Source, settings
+from knl.topology import Topology
+
+# A working set has to fit this far into fast memory before a policy may refuse any other.
+_SURELY = 0.7
+
+
+class Memory(msgspec.Struct, frozen=True):
+    """NUMA policy of a rank. "preferred" takes other memory when `nodes` are full, "bind" fails."""
+
+    policy: Literal["none", "preferred", "bind"]
+    nodes: tuple[int, ...]
+
+
+class RankPlan(msgspec.Struct, frozen=True):
+    """One rank's CPUs, by the kernel's numbers, disjoint; and its memory. Workers or loader with no
+    CPU of their own share the compute CPUs."""
+
+    local_rank: int
+    compute_cpus: tuple[int, ...]
+    comm_cpus: tuple[int, ...]
+    loader_cpus: tuple[int, ...]
+    memory: Memory
+
+    @property
+    def cpus(self) -> frozenset[int]:
+        """All that this rank may run on."""
+        return frozenset(self.compute_cpus + self.comm_cpus + self.loader_cpus)
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """A node's plan. `spare_cpus`: allowed, and left to the operating system."""
+
+    choices: Choices
+    ranks: tuple[RankPlan, ...]
+    spare_cpus: tuple[int, ...]
+    env: dict[str, Setting]
+    warnings: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that `knl plan --json` prints; its keys are a contract."""
+        return msgspec.to_builtins(self)  # type: ignore[no-any-return]
+
+
+def plan_by_rule(node: Topology, ranks: int | None, environment: Mapping[str, str]) -> Plan:
+    """The plan for `ranks` ranks (None: one for each NUMA domain), with nothing measured.
+
+    Raises InputError when the node has too few allowed cores.
+    """
+    choices = rule_choices(node, domains(node) if ranks is None else ranks, environment)
+    plan = make_plan(node, choices, environment, "rule")
+    return msgspec.structs.replace(plan, warnings=(*plan.warnings, *_missing(plan, environment)))
+
+
+def make_plan(
+    node: Topology,
+    choices: Choices,
+    environment: Mapping[str, str],
+    source: Source,
+    working_set: int | None = None,
+) -> Plan:
+    """The plan that follows from these choices.
+
+    `environment`: the user's, which is kept; `working_set`: bytes a rank uses at most, where known.
+    Raises InputError when the choices do not fit the node.
+    """
+    placements = place(
+        node,
+        choices.ranks_per_node,
+        choices.threads_per_core,
+        choices.reserve_cores,
+        choices.comm_workers,
+    )
+    ranks = tuple(
+        RankPlan(
+            local_rank=number,
+            compute_cpus=placement.compute,
+            comm_cpus=placement.comm,
+            loader_cpus=placement.loader,
+            memory=_memory(node, placement, placements, choices, working_set),
+        )
+        for number, placement in enumerate(placements)
+    )
+    used = frozenset().union(*(rank.cpus for rank in ranks))
+    env = settings(node, placements, choices, environment, source)
+    return Plan(
+        choices=choices,
+        ranks=ranks,
+        spare_cpus=tuple(cpu for cpu in node.allowed_cpus if cpu not in used),
+        env=env,
+        warnings=(*_idle(node, ranks), *_shared(ranks, choices), *_kept(env)),
+    )
+
+
+def describe(plan: Plan) -> str:
+    """The plan in lines for a reader."""
+    lines = []
+    for rank in plan.ranks:
+        parts = [f"compute {format_cpulist(rank.compute_cpus)}"]
+        parts += [f"comm {format_cpulist(rank.comm_cpus) or 'shared'}"]
+        parts += [f"loader {format_cpulist(rank.loader_cpus) or 'shared'}"]
+        if rank.memory.policy != "none":
+            parts.append(f"memory {rank.memory.policy} {format_cpulist(rank.memory.nodes)}")
+        lines.append(f"rank {rank.local_rank}: {'; '.join(parts)}")
+    lines.append(f"spare: {format_cpulist(plan.spare_cpus) or 'none'}")
+    for name, setting in plan.env.items():
+        lines.append(f"{name}={setting.value}  [{setting.source}] {setting.reason}")
+    return "\n".join(lines)
+
+
+def _memory(
+    node: Topology,
+    placement: Placement,
+    placements: Sequence[Placement],
+    choices: Choices,
+    working_set: int | None,
+) -> Memory:
+    """Fast memory of the rank's own cluster, where it has nodes of its own (flat, hybrid mode)."""
+    fast = {
+        memory.id: memory.bytes
+        for memory in node.memory_nodes
+        if memory.kind in ("mcdram", "hbm")
+        and not memory.cpus
+        and memory.nearest_cpu_node in placement.nodes
+    }
+    if choices.memory == "none" or not fast:
+        return Memory("none", ())
+    sharers = sum(placement.nodes == other.nodes for other in placements)
+    fits = working_set is not None and working_set * sharers < _SURELY * sum(fast.values())
+    policy: Literal["preferred", "bind"] = "preferred"
+    if fits and choices.memory in ("auto", "bind"):
+        policy = "bind"
+    return Memory(policy, tuple(sorted(fast)))
+
+
+def _idle(node: Topology, ranks: Sequence[RankPlan]) -> list[str]:
+    parts = domains(node)
+    if len(ranks) >= parts or len({core.node for core in node.cores}) == 1:
+        return []
+    used = {cpu for rank in ranks for cpu in rank.compute_cpus}
+    allowed = set(node.allowed_cpus)
+    idle = sum(not used & set(c.cpus) for c in node.cores if allowed & set(c.cpus))
+    if idle < len(node.cores) // 4:
+        return []
+    return [
+        f"{len(ranks)} rank(s) leave {idle} cores idle, as a rank stays within one of the "
+        f"{parts} NUMA domains: --ranks-per-node {parts} uses all"
+    ]
+
+
+def _shared(ranks: Sequence[RankPlan], choices: Choices) -> list[str]:
+    found = []
+    if not all(rank.loader_cpus for rank in ranks):
+        found.append("no CPU to give to the loader: it shares the compute CPUs")
+    if len(ranks) > 1 and not all(rank.comm_cpus for rank in ranks):
+        how = "its workers share the compute CPUs" if choices.comm_workers else "no overlap"
+        found.append(f"no CPU to give to oneCCL: {how}")
+    return found
+
+
+def _kept(env: Mapping[str, Setting]) -> list[str]:
+    return [f"{n}={s.value}: {s.reason}" for n, s in env.items() if s.source == "user"]
+
+
+def _missing(plan: Plan, environment: Mapping[str, str]) -> list[str]:
+    """Second-best paths that the rule had to take."""
+    found = []
+    if plan.choices.allocator == "glibc-heap":
+        found.append(
+            "neither tcmalloc nor jemalloc is installed: glibc's malloc is told to keep its pages"
+        )
+    if plan.choices.openmp == "libgomp" and not find_library("libiomp5", environment):
+        found.append("libiomp5 is not installed: torch's libgomp is used")
+    return found

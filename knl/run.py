@@ -1,0 +1,193 @@
+"""`knl run`: starts the ranks of a node under a plan, or becomes the one that a launcher made."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import IO
+
+import psutil
+
+from knl.bind import bind, bound, rank_environment
+from knl.errors import InputError
+from knl.plan import Plan
+from knl.proof import Proof, prove, watch
+
+_PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def become(
+    plan: Plan, number: int, command: Sequence[str], environment: Mapping[str, str], verify: bool
+) -> None:
+    """Turn this process into rank `number` of the plan, running `command`. Does not return.
+
+    Raises InputError when there is no such program.
+    """
+    rank = plan.ranks[number]
+    program = _find(command[0])
+    if refused := bind(rank):
+        _say(f"rank {number}: {refused}")
+    if verify:
+        _start_watcher(plan, number)
+    os.execve(program, list(command), {**environment, **rank_environment(plan, rank)})
+
+
+def start(
+    plan: Plan, command: Sequence[str], environment: Mapping[str, str], verify: bool, prefix: bool
+) -> int:
+    """Run `command` once for each rank of the plan; return the worst exit status, 128 + n for one
+    ended by signal n. A signal to this process reaches all ranks.
+
+    The ranks find each other by torchrun's variables (RANK, MASTER_ADDR, ...). `prefix`: put the
+    rank before each line of output. Raises InputError when there is no such program.
+    """
+    program = _find(command[0])
+    size = len(plan.ranks)
+    port = str(_free_port())
+    ranks: list[subprocess.Popen[bytes]] = []
+    with _signals_to(ranks):
+        for rank in plan.ranks:
+            number = str(rank.local_rank)
+            mine = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": str(size)}
+            mine.update(LOCAL_WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+            pipe = subprocess.PIPE if prefix else None
+            with bound(rank) as refused:
+                ranks.append(
+                    subprocess.Popen(
+                        [program, *command[1:]],
+                        env={**environment, **rank_environment(plan, rank), **mine},
+                        stdin=None if rank.local_rank == 0 else subprocess.DEVNULL,
+                        stdout=pipe,
+                        stderr=pipe,
+                        start_new_session=True,  # a signal then reaches all that the rank started
+                    )
+                )
+            if refused:
+                _say(f"rank {number}: {refused}")
+        copiers = _copy_with_prefix(ranks) if prefix else []
+        proven = _prove(plan, ranks) if verify else True
+        statuses = [_status(rank.wait()) for rank in ranks]
+        for copier in copiers:
+            copier.join()
+    for local_rank, status in enumerate(statuses):
+        if status != 0 and size > 1:
+            _say(f"rank {local_rank} ended with status {status}")
+    return max(statuses) if proven else max(1, *statuses)
+
+
+def _prove(plan: Plan, ranks: Sequence[subprocess.Popen[bytes]]) -> bool:
+    """Print the proof table; end ranks that are not where the plan has them."""
+    processes = {number: rank.pid for number, rank in enumerate(ranks)}
+    seen = watch(processes, lambda: any(rank.poll() is None for rank in ranks))
+    proof = prove(plan, seen)
+    _tell(proof, f"{len(ranks)} rank(s)")
+    if proof.errors:
+        for rank in ranks:
+            _send(rank, signal.SIGTERM)
+    return not proof.errors
+
+
+def _start_watcher(plan: Plan, number: int) -> None:
+    """A process that proves the rank which this one becomes, and ends it where it is elsewhere. It
+    is a grandchild: a program that waits for all of its children should not meet it."""
+    rank = psutil.Process()
+    if child := os.fork():
+        os.waitpid(child, 0)
+        return
+    if os.fork():
+        os._exit(0)
+    try:
+        os.setsid()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # whoever reads the rank waits for no other
+        seen = watch({number: rank.pid}, lambda: _runs(rank))
+        proof = prove(plan, seen)
+        _tell(proof, f"rank {number}")
+        if proof.errors and _runs(rank):
+            rank.terminate()
+    finally:
+        os._exit(0)
+
+
+def _runs(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def _tell(proof: Proof, who: str) -> None:
+    lines = [proof.table(), *(f"knl: {error}" for error in proof.errors)]
+    if not proof.errors:
+        lines.append(f"knl: every thread of {who} is inside its CPUs")
+    print("\n".join(lines), file=sys.stderr, flush=True)
+
+
+def _find(program: str) -> str:
+    found = shutil.which(program)
+    if found is None:
+        raise InputError(f"{program}: no such program on PATH; give its path after --")
+    return found
+
+
+def _status(returncode: int) -> int:
+    return returncode if returncode >= 0 else 128 - returncode
+
+
+@contextlib.contextmanager
+def _signals_to(ranks: list[subprocess.Popen[bytes]]) -> Iterator[None]:
+    def pass_on(number: int, _: object) -> None:
+        for rank in ranks:
+            _send(rank, number)
+
+    before = {number: signal.signal(number, pass_on) for number in _PASSED_ON}
+    try:
+        yield
+    except BaseException:
+        for rank in ranks:
+            _send(rank, signal.SIGKILL)
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _send(rank: subprocess.Popen[bytes], number: int) -> None:
+    """To the whole session: a script's own children, too."""
+    if rank.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(rank.pid, number)
+
+
+def _copy_with_prefix(ranks: Sequence[subprocess.Popen[bytes]]) -> list[threading.Thread]:
+    lock = threading.Lock()
+
+    def copy(number: int, source: IO[bytes], target: IO[bytes]) -> None:
+        with source:
+            for line in source:
+                with lock:
+                    target.write(b"[%d] " % number + line)
+                    target.flush()
+
+    copiers = []
+    for number, rank in enumerate(ranks):
+        for source, target in ((rank.stdout, sys.stdout.buffer), (rank.stderr, sys.stderr.buffer)):
+            assert source is not None  # opened as a pipe
+            copiers.append(threading.Thread(target=copy, args=(number, source, target)))
+            copiers[-1].start()
+    return copiers
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def _say(text: str) -> None:
+    print(f"knl: {text}", file=sys.stderr, flush=True)
