@@ -94,7 +94,7 @@ def test_both_versions_of_the_format_say_what_sysfs_says(name, version, root_of,
 @st.composite
 def trees(draw):
     """One or two sockets of whole NUMA nodes, each of whole tiles, with CPUs numbered at random,
-    some offline; nodes without CPUs, each near one with, whose bandwidth may be known."""
+    some offline; nodes without CPUs; bandwidths of some nodes."""
     parts = draw(st.integers(1, 2))
     sockets = draw(st.integers(1, 2))
     tiles = parts * sockets * draw(st.integers(1, 2))
@@ -104,12 +104,11 @@ def trees(draw):
     cores = [sorted(numbers[n * threads : (n + 1) * threads]) for n in range(count)]
     owners = parts * sockets
     each = count // owners
-    owner_of = [*range(owners), *draw(st.lists(st.integers(0, owners - 1), max_size=3))]
-    rows = [
-        [10 if a == b else 12 if p == q else 20 + 7 * abs(p - q) for b, q in enumerate(owner_of)]
-        for a, p in enumerate(owner_of)
-    ]
-    sizes = draw(st.lists(st.integers(1, 200), min_size=len(owner_of), max_size=len(owner_of)))
+    every = owners + draw(st.integers(0, 3))
+    # Not symmetric, and not even sane, so that only the right number of all will do.
+    row = st.lists(st.integers(10, 50), min_size=every, max_size=every)
+    rows = draw(st.lists(row, min_size=every, max_size=every))
+    sizes = draw(st.lists(st.integers(1, 200), min_size=every, max_size=every))
     nodes = [
         (range(n * each, (n + 1) * each) if n < owners else (), size * GB)
         for n, size in enumerate(sizes)
@@ -130,7 +129,7 @@ def trees(draw):
         nodes=nodes,
         distances=rows,
         offline=draw(st.sets(st.sampled_from(spare))) if spare else [],
-        files=hmat(draw(st.lists(st.integers(0, 5), max_size=len(owner_of)))),
+        files=hmat(draw(st.lists(st.integers(0, 5), max_size=every))),
     )
 
 
@@ -203,6 +202,14 @@ def test_a_memory_side_cache_is_no_tile_and_hides_no_node(root_of, tmp_path):
         ('local_memory="103079215104" />', 'local_memory="103079215104" /></object>'),
     )
     assert read_lstopo(file) == from_sysfs(root_of("quadrant-cache"))
+
+
+def test_a_xeon_max_of_unknown_memory_is_not_taken_for_hbm_alone(tmp_path):
+    """lstopo that may not read /sys knows the processor and not how large its memory is."""
+    tree = xeon([[0]], [0], [([0], 0)], model=143, name="Intel(R) Xeon(R) CPU Max 9480")
+    found = read_lstopo(write_xml(tree, tmp_path / "node.xml", 2))
+    assert [node.kind for node in found.memory_nodes] == ["ddr"]
+    assert found.memory_mode == "cache"
 
 
 @pytest.mark.parametrize(("version", "number"), [("2.0", 3), ("3.0", 32)])
