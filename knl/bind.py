@@ -13,28 +13,39 @@ from knl.cpulist import format_cpulist, parse_cpulist
 from knl.errors import InputError
 from knl.plan import Memory, Plan, RankPlan
 
-# Set in a process that runs under a plan, and in what it starts.
-PLANNED = "KNL_PLANNED"
+# Set in a process that runs under a plan, and in what it starts: where the plan comes from.
+PLAN = "KNL_PLAN"
+# Taken when this module is imported, before torch: importing torch under OMP_PROC_BIND leaves the
+# main thread, and all threads that start from it, on one CPU.
+_MASK = frozenset(os.sched_getaffinity(0))
 _LOADER_CPUS = "KNL_LOADER_CPUS"
 # Linux: include/uapi/linux/mempolicy.h and the x86-64 table of system calls.
 _SET_MEMPOLICY = 238
 _MODES = {"none": 0, "preferred": 1, "bind": 2}
 _MASK_BITS = 1024
+# By which a user tells Intel MPI where ranks should be.
+_PINNING = ("I_MPI_PIN", "I_MPI_PIN_DOMAIN", "I_MPI_PIN_PROCESSOR_LIST", "I_MPI_PIN_CELL")
 
 
-def rank_environment(plan: Plan, rank: RankPlan) -> dict[str, str]:
-    """The variables of one rank: the plan's, and where its loader threads belong."""
+def rank_environment(plan: Plan, rank: RankPlan, where: str) -> dict[str, str]:
+    """The variables of one rank: the plan's, where its loader threads belong, and `where` the plan
+    comes from."""
     found = {name: setting.value for name, setting in plan.env.items()}
     found[_LOADER_CPUS] = format_cpulist(rank.loader_cpus or rank.compute_cpus)
-    found[PLANNED] = str(rank.local_rank)
+    found[PLAN] = "; ".join([where, *plan.warnings])
     return found
 
 
-def loader_cpus(environment: Mapping[str, str]) -> frozenset[int]:
-    """CPUs for threads that torch does not own; this process's own where no plan says. Importing
-    torch under OMP_PROC_BIND leaves the main thread, and all that start from it, on one CPU."""
-    planned = environment.get(_LOADER_CPUS, "")
-    return frozenset(parse_cpulist(planned)) or frozenset(os.sched_getaffinity(0))
+@contextmanager
+def on_loader_cpus() -> Iterator[None]:
+    """Threads started here run on the plan's loader CPUs or, without a plan, on all that this
+    process had at its start."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, parse_cpulist(os.environ.get(_LOADER_CPUS, "")) or _MASK)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def bind(rank: RankPlan) -> str:
@@ -83,17 +94,24 @@ def set_memory_policy(memory: Memory) -> str:
     )
 
 
-def has_own_cpus(world: World, environment: Mapping[str, str]) -> bool:
-    """Whether the launcher has already given this rank CPUs apart from those of its neighbours, so
-    that a plan is for these alone and not for the node."""
+def cpus_from_launcher(world: World, environment: Mapping[str, str]) -> tuple[frozenset[int], bool]:
+    """The CPUs that a plan may use, and whether the launcher gave them to this rank alone, so that
+    the plan is for them and not for all ranks of the node.
+
+    Intel's mpiexec pins each rank where nobody asked it to; there the plan takes its place.
+    """
+    mine = frozenset(os.sched_getaffinity(0))
     if world.local_size == 1:
-        return False
-    kind = environment.get("SLURM_CPU_BIND_TYPE", "")
-    if world.launcher == "mpi" and "SLURM_STEP_ID" in environment and "PMI_PORT" not in environment:
-        masks = environment.get("SLURM_CPU_BIND_LIST", "").split(",")
-        return kind.startswith(("mask_cpu", "map_cpu")) and len(set(masks)) > 1
+        return mine, False
+    by_mpiexec = "I_MPI_PIN_INFO" in environment
+    if "SLURM_STEP_ID" in environment and not by_mpiexec:
+        kind, masks = (environment.get(f"SLURM_CPU_BIND_{name}", "") for name in ("TYPE", "LIST"))
+        apart = kind.startswith(("mask_cpu", "map_cpu")) and len(set(masks.split(","))) > 1
+        return mine, apart
     try:
-        parent = os.sched_getaffinity(os.getppid())
+        parent = frozenset(os.sched_getaffinity(os.getppid()))
     except (PermissionError, ProcessLookupError):
-        return False
-    return os.sched_getaffinity(0) < parent
+        return mine, False
+    if by_mpiexec and not any(name in environment for name in _PINNING):
+        return parent, False
+    return mine, mine < parent

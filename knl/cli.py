@@ -74,6 +74,11 @@ def train(
         None, help="Folder to write into; runs/RECIPE-TIME if not given."
     ),
     ranks: Optional[int] = typer.Option(None, "-n", min=1, help="Ranks to start on this host."),
+    profile: Optional[str] = typer.Option(
+        None,
+        help="A profile of knl tune; the newest that fits this node if not given, else the rule; "
+        "none leaves the ranks as they come.",
+    ),
     provider: Provider = typer.Option(
         "auto", help="Collectives; auto takes the first that works and says which."
     ),
@@ -109,7 +114,7 @@ def train(
             f"{world.launcher}; leave -n out here, or start knl without a launcher",
             shared=True,
         )
-    request = _Request(recipe, overrides, run_dir, provider, as_json)
+    request = _Request(recipe, overrides, run_dir, profile, provider, as_json)
     if ranks is None or ranks == 1:
         _train_as_rank(world, request)
     else:
@@ -127,17 +132,27 @@ class _Request:
     recipe: str
     overrides: list[str]
     run_dir: Path | None
+    profile: str | None
     provider: str
     as_json: bool
+
+    @property
+    def profile_path(self) -> Path | None:
+        return Path(self.profile) if self.profile else None
 
 
 def _train_as_launcher(ranks: int, request: _Request) -> None:
     """Refuse what can be refused before anything starts, then start the ranks."""
     from knl.config import load_recipe, require_ranks_fit
     from knl.launch import launch
+    from knl.profile import load_profile
 
     require_ranks_fit(load_recipe(request.recipe, request.overrides), ranks)
+    if request.profile not in (None, "none"):
+        load_profile(Path(str(request.profile)))
     arguments = ["train", request.recipe, "--provider", request.provider]
+    if request.profile:
+        arguments += ["--profile", request.profile]
     for override in request.overrides:
         arguments += ["--set", override]
     if request.run_dir is not None:
@@ -145,14 +160,18 @@ def _train_as_launcher(ranks: int, request: _Request) -> None:
     if request.as_json:
         arguments.append("--json")
     columns = shutil.get_terminal_size().columns if sys.stderr.isatty() else None
-    raise typer.Exit(launch(ranks, arguments, columns))
+    raise typer.Exit(launch(ranks, arguments, columns, planned=request.profile != "none"))
 
 
 def _train_as_rank(world: World, request: _Request) -> None:
-    if world.launcher == "mpi":
-        from knl.launch import become_ready
+    from knl.bind import PLAN
+    from knl.launch import become_ready
 
-        become_ready()
+    if PLAN in os.environ or request.profile == "none":
+        if world.launcher == "mpi":
+            become_ready()
+    else:
+        _become_planned(world, request)
     from knl.comm.bootstrap import open_bootstrap
     from knl.native import stdout_to
     from knl.train.job import run_job
@@ -168,6 +187,22 @@ def _train_as_rank(world: World, request: _Request) -> None:
         )
         if request.as_json and result is not None:
             os.write(stdout, json.dumps(result).encode() + b"\n")
+
+
+def _become_planned(world: World, request: _Request) -> NoReturn:
+    """Start this very command again, bound and in the plan's environment: an OpenMP runtime, an
+    allocator and the dynamic loader read their settings only when a process starts."""
+    from knl.launch import mpi_environment
+    from knl.profile import plan_of_rank
+    from knl.run import become
+    from knl.sysfs import read_topology
+
+    environment = dict(os.environ)
+    if world.launcher == "mpi":
+        environment.update(mpi_environment(environment))
+    plan, number, where = plan_of_rank(read_topology(), world, request.profile_path, environment)
+    command = [sys.executable, "-m", "knl", *sys.argv[1:]]
+    become(plan, number, command, environment, where, verify=False)
 
 
 def _fail(message: str, code: int, *, shared: bool) -> NoReturn:

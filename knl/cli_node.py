@@ -133,7 +133,7 @@ def run(
     if world.launcher == "single":
         found, where = plan_for(node, ranks, profile, environment)
         _say(where, found.warnings)
-        raise typer.Exit(start(found, command, environment, verify, prefix))
+        raise typer.Exit(start(found, command, environment, where, verify, prefix))
     if ranks is not None:
         raise InputError(
             f"-n {ranks}: this is already rank {world.rank} of {world.size} of a launch by "
@@ -147,7 +147,7 @@ def run(
     found, number, where = plan_of_rank(node, world, profile, environment)
     if world.rank == 0:
         _say(where, found.warnings)
-    become(found, number, command, environment, verify)
+    become(found, number, command, environment, where, verify)
 
 
 def _read(fsroot: Path, xml: Path | None) -> Topology:

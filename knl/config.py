@@ -58,7 +58,9 @@ class Data(_Section, frozen=True):
 
 class Train(_Section, frozen=True):
     """How long and how wide. The global batch is lanes x lane_batch. `steps`: stop after so many,
-    0 for all epochs. `eval_every`: epochs between evaluations, 0 for the last alone."""
+    0 for all epochs. `eval_every`: epochs between evaluations, 0 for the last alone. `layout`: of
+    pictures and weights in memory; "ipex": weights as Intel's extension packs them; "auto": what
+    the node's plan says. `compile`: by torch.compile."""
 
     epochs: _AboveZero
     lanes: _Positive
@@ -68,7 +70,8 @@ class Train(_Section, frozen=True):
     eval_every: _Count = 1
     label_smoothing: Annotated[float, Meta(ge=0, lt=1)] = 0.0
     dtype: Literal["fp32", "bf16"] = "fp32"
-    layout: Literal["contiguous", "channels_last"] = "channels_last"
+    layout: Literal["auto", "contiguous", "channels_last", "ipex"] = "auto"
+    compile: bool = False
 
 
 class Optim(_Section, frozen=True):

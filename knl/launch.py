@@ -80,10 +80,11 @@ def become_ready() -> None:
         os.execve(sys.executable, [sys.executable, "-m", "knl", *sys.argv[1:]], environment)
 
 
-def launch(ranks: int, arguments: Sequence[str], columns: int | None) -> int:
+def launch(ranks: int, arguments: Sequence[str], columns: int | None, *, planned: bool) -> int:
     """Run `knl` with `arguments` as so many ranks on this host; return their exit status.
 
-    `columns`: width of the terminal, None where there is none. Signals that end a job reach the
+    `columns`: width of the terminal, None where there is none. `planned`: whether the ranks will
+    bind themselves by a plan. Signals that end a job reach the
     ranks. Raises InputError when there is no MPI.
     """
     mpi = find_mpi(os.environ)
@@ -93,8 +94,11 @@ def launch(ranks: int, arguments: Sequence[str], columns: int | None) -> int:
     if mpi.kind == "intel":
         environment.setdefault("I_MPI_FABRICS", "shm")  # one host needs no network
         environment.setdefault("I_MPI_HYDRA_BOOTSTRAP", "fork")
-    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
-    environment.setdefault("OMP_NUM_THREADS", str(threads))
+        if planned:
+            environment["I_MPI_PIN"] = "0"  # the ranks bind themselves
+    if not planned:
+        threads = max(1, len(os.sched_getaffinity(0)) // ranks)
+        environment.setdefault("OMP_NUM_THREADS", str(threads))
     if columns:
         environment["KNL_TERMINAL_COLUMNS"] = str(columns)
     # In a Slurm job Intel's mpiexec would start the ranks on the job's nodes.

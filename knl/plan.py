@@ -104,6 +104,27 @@ def make_plan(
     )
 
 
+def crowded_plan(node: Topology, ranks: int, environment: Mapping[str, str]) -> Plan:
+    """For more ranks than cores: nobody is bound, each has one thread, and nobody spins."""
+    cpus = node.allowed_cpus
+    choices = msgspec.structs.replace(
+        rule_choices(node, 1, environment), openmp="libgomp", blocktime_ms=0, comm_workers=0
+    )
+    everywhere = Placement((cpus[0],), (), (), ())
+    env = settings(node, [everywhere] * ranks, choices, environment, "rule")
+    for name in ("I_MPI_PIN_DOMAIN", "OMP_PLACES", "OMP_PROC_BIND"):
+        env.pop(name)
+    env["I_MPI_PIN"] = Setting("0", "rule", "more ranks than cores")
+    rank = RankPlan(0, cpus, (), (), Memory("none", ()))
+    return Plan(
+        choices=choices,
+        ranks=tuple(msgspec.structs.replace(rank, local_rank=n) for n in range(ranks)),
+        spare_cpus=(),
+        env=env,
+        warnings=(f"{ranks} ranks share {len(cpus)} CPUs: not bound, one thread each",),
+    )
+
+
 def describe(plan: Plan) -> str:
     """The plan in lines for a reader."""
     lines = []

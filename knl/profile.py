@@ -6,27 +6,28 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Literal, Optional
 
 import msgspec
 
-from knl.bind import has_own_cpus
+from knl.bind import cpus_from_launcher
 from knl.choices import IPEX, Choices
 from knl.comm.world import World
 from knl.errors import InputError
-from knl.plan import Plan, make_plan, plan_by_rule
+from knl.plan import Plan, crowded_plan, make_plan, plan_by_rule
 from knl.topology import Topology
 
 SCHEMA = 1
-_GIB = 1 << 30
 _PACKAGES = ("torch", IPEX, "oneccl-cpu", "oneccl-devel", "impi-rt")
 
 
 class Fingerprint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a measurement holds for. `memory`: kind and size (GiB, in steps of 4) of each node;
-    `allowed_cpus`: how many the process could use; `stack`: versions of packages."""
+    """What a measurement holds for. `memory`: the kind of each node (its size is left out: kernels
+    and virtual machines say a little less each time); `allowed_cpus`: how many the process could
+    use; `stack`: versions of packages."""
 
     cpu_model: str
     sockets: int
@@ -81,7 +82,6 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def fingerprint(node: Topology) -> Fingerprint:
     """Of this node and this Python environment."""
-    sizes = [(m.kind, round(m.bytes / _GIB / 4) * 4) for m in node.memory_nodes]
     return Fingerprint(
         cpu_model=node.cpu_model,
         sockets=len({core.socket for core in node.cores}),
@@ -90,7 +90,7 @@ def fingerprint(node: Topology) -> Fingerprint:
         allowed_cpus=len(node.allowed_cpus),
         cluster_mode=node.cluster_mode,
         memory_mode=node.memory_mode,
-        memory=tuple(f"{kind} {size} GiB" for kind, size in sizes),
+        memory=tuple(m.kind for m in node.memory_nodes),
         stack=dict(_versions(_PACKAGES)),
     )
 
@@ -199,10 +199,15 @@ def plan_of_rank(
 ) -> tuple[Plan, int, str]:
     """The plan, this rank's number in it, and where it comes from. Where the launcher has bound
     each rank apart, the plan is for this rank's share alone."""
-    cores = sum(bool(set(core.cpus) & set(node.allowed_cpus)) for core in node.cores)
-    if world.local_size > 1 and (has_own_cpus(world, environment) or cores < world.local_size):
+    cpus, apart = cpus_from_launcher(world, environment)
+    node = replace(node, allowed_cpus=tuple(sorted(cpus)))
+    if apart:
         plan = plan_by_rule(node, 1, environment)
         return plan, 0, f"plan by rule within the CPUs that {world.launcher} gave to each rank"
+    cores = sum(bool(set(core.cpus) & set(node.allowed_cpus)) for core in node.cores)
+    if cores < world.local_size:
+        plan = crowded_plan(node, world.local_size, environment)
+        return plan, world.local_rank, "plan by rule"
     plan, where = plan_for(node, world.local_size, path, environment)
     return plan, world.local_rank, where
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from typing import IO
+from typing import IO, NoReturn
 
 import psutil
 
@@ -24,9 +24,15 @@ _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, sign
 
 
 def become(
-    plan: Plan, number: int, command: Sequence[str], environment: Mapping[str, str], verify: bool
-) -> None:
+    plan: Plan,
+    number: int,
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    where: str,
+    verify: bool,
+) -> NoReturn:
     """Turn this process into rank `number` of the plan, running `command`. Does not return.
+    `where`: the plan comes from.
 
     Raises InputError when there is no such program.
     """
@@ -36,11 +42,16 @@ def become(
         _say(f"rank {number}: {refused}")
     if verify:
         _start_watcher(plan, number)
-    os.execve(program, list(command), {**environment, **rank_environment(plan, rank)})
+    os.execve(program, list(command), {**environment, **rank_environment(plan, rank, where)})
 
 
 def start(
-    plan: Plan, command: Sequence[str], environment: Mapping[str, str], verify: bool, prefix: bool
+    plan: Plan,
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    where: str,
+    verify: bool,
+    prefix: bool,
 ) -> int:
     """Run `command` once for each rank of the plan; return the worst exit status, 128 + n for one
     ended by signal n. A signal to this process reaches all ranks.
@@ -62,7 +73,7 @@ def start(
                 ranks.append(
                     subprocess.Popen(
                         [program, *command[1:]],
-                        env={**environment, **rank_environment(plan, rank), **mine},
+                        env={**environment, **rank_environment(plan, rank, where), **mine},
                         stdin=None if rank.local_rank == 0 else subprocess.DEVNULL,
                         stdout=pipe,
                         stderr=pipe,

@@ -9,7 +9,13 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-_LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+from knl.errors import InputError
+
+_LAYOUTS = {
+    "contiguous": torch.contiguous_format,
+    "channels_last": torch.channels_last,
+    "ipex": torch.channels_last,
+}
 
 
 def to_tensors(
@@ -22,8 +28,24 @@ def to_tensors(
 
 
 def to_layout(model: nn.Module, layout: str) -> nn.Module:
-    """The network with its weights in that layout."""
-    return model.to(memory_format=_LAYOUTS[layout])  # type: ignore[call-overload]
+    """The network with its weights in that layout. Raises InputError where IPEX is wanted and is
+    not installed."""
+    model = model.to(memory_format=_LAYOUTS[layout])  # type: ignore[call-overload]
+    return _packed(model) if layout == "ipex" else model
+
+
+def _packed(model: nn.Module) -> nn.Module:
+    """Weights in oneDNN's blocked layout, so that no step reorders them (ipex.optimize)."""
+    try:
+        import intel_extension_for_pytorch as ipex
+    except ImportError as error:
+        raise InputError(
+            f"train.layout = 'ipex': Intel's extension for PyTorch does not import ({error}); "
+            "use channels_last, or the knl stack"
+        ) from None
+    # It insists on an optimiser, whose state it would pack, too; ours has none yet.
+    stateless = torch.optim.SGD(model.parameters(), lr=1.0)
+    return ipex.optimize(model, optimizer=stateless, inplace=True)[0]  # type: ignore[no-any-return]
 
 
 def forward(model: nn.Module, images: torch.Tensor, dtype: str) -> torch.Tensor:

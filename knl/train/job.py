@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import time
@@ -9,11 +10,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import torch
+
+from knl.bind import PLAN, on_loader_cpus
 from knl.comm.bootstrap import Bootstrap, together
 from knl.comm.collectives import Ranks, open_ranks
 from knl.comm.world import World
 from knl.config import Recipe, load_recipe, require_ranks_fit
 from knl.data.dataset import open_dataset
+from knl.errors import InputError
 from knl.train.metrics import RunDirectory, default_run_dir
 from knl.train.progress import Display, open_console
 from knl.train.trainer import Outcome, Trainer, train
@@ -32,6 +38,8 @@ def run_job(
     Raises KnlError; one marked `shared` is raised by every rank.
     """
     began = time.perf_counter()
+    with contextlib.suppress(RuntimeError):  # a second job in one process finds it settled
+        torch.set_num_interop_threads(int(os.environ.get("KNL_INTEROP_THREADS", "1")))
     recipe = together(bootstrap, lambda: _load(name, overrides, world.size))
     ranks = open_ranks(world, bootstrap, provider, recipe.comm.timeout_s)
     try:
@@ -39,10 +47,11 @@ def run_job(
         dataset = together(bootstrap, lambda: open_dataset(recipe.data, recipe.train.seed))
         trainer = together(bootstrap, lambda: Trainer(recipe, dataset, ranks))
         path = run_dir or default_run_dir(recipe.name)
-        run = together(
-            bootstrap,
-            lambda: RunDirectory(path, recipe, ranks, hosts) if world.rank == 0 else None,
-        )
+        with on_loader_cpus():
+            run = together(
+                bootstrap,
+                lambda: RunDirectory(path, recipe, ranks, hosts) if world.rank == 0 else None,
+            )
         outcome = _train(trainer, run, ranks)
     finally:
         ranks.collectives.close()
@@ -54,7 +63,15 @@ def run_job(
 def _load(name: str, overrides: Sequence[str], size: int) -> Recipe:
     recipe = load_recipe(name, overrides)
     require_ranks_fit(recipe, size)
-    return recipe
+    if recipe.train.compile and not hasattr(torch, "compile"):
+        raise InputError(
+            f"train.compile = true: torch {torch.__version__} has no torch.compile, which needs 2.0"
+        )
+    if recipe.train.layout != "auto":
+        return recipe
+    layout = os.environ.get("KNL_LAYOUT", "channels_last")
+    train = msgspec.structs.replace(recipe.train, layout=layout)
+    return msgspec.structs.replace(recipe, train=train)
 
 
 def _train(trainer: Trainer, run: RunDirectory | None, ranks: Ranks) -> Outcome:
@@ -68,7 +85,9 @@ def _train(trainer: Trainer, run: RunDirectory | None, ranks: Ranks) -> Outcome:
         f"{trainer.total_steps} steps; {ranks.describe()}",
         markup=False,
     )
-    display = Display(console, trainer.total_steps)
+    console.print(os.environ.get(PLAN, "no plan: not bound, as it came"), markup=False)
+    with on_loader_cpus():
+        display = Display(console, trainer.total_steps)
     try:
         outcome = train(trainer, run, display)
     finally:
@@ -99,5 +118,7 @@ def _result(
         "lanes": recipe.train.lanes,
         "global_batch": recipe.global_batch,
         "provider": ranks.provider,
+        "layout": recipe.train.layout,
+        "plan": os.environ.get(PLAN, ""),
         "wall_s": wall_s,
     }

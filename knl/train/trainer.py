@@ -59,7 +59,8 @@ class Trainer:
         self.my_lanes = lanes_of(ranks.world.rank, ranks.world.size, train.lanes)
         torch.manual_seed(train.seed)
         model = build_model(recipe.model, dataset.channels, dataset.classes)
-        self.model = to_layout(model, train.layout)
+        model = to_layout(model, train.layout)
+        self.model = torch.compile(model) if train.compile else model
         self.loss = nn.CrossEntropyLoss(label_smoothing=train.label_smoothing)
         self.statistics = RunningStatistics(model, len(self.my_lanes), train.lanes)
         self.named: Named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
