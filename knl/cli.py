@@ -121,7 +121,7 @@ def train(
         _train_as_launcher(ranks, request)
 
 
-for command in (cli_node.topology, cli_node.plan, cli_node.show, cli_node.env, cli_node.run):
+for command in cli_node.COMMANDS:
     app.command()(command)
 
 

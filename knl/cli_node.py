@@ -17,6 +17,8 @@ from knl.errors import InputError
 if TYPE_CHECKING:
     from knl.topology import Topology
 
+_STOPPED_EARLY = 75
+
 _FSROOT = typer.Option(Path("/"), help="Read a node's /proc and /sys below this folder.")
 _JSON = typer.Option(False, "--json", help="Print one JSON object on stdout.")
 _PROFILE = typer.Option(
@@ -150,6 +152,52 @@ def run(
     become(found, number, command, environment, where, verify)
 
 
+def tune(
+    recipe: str = typer.Option("resnet50-bench", help="Recipe whose network is trained."),
+    budget: str = typer.Option("10m", help="Time to spend: 90s, 10m, 1h."),
+    out: Optional[Path] = typer.Option(
+        None, help="Profile to write; below ~/.local/share/knl/profiles if not given."
+    ),
+    with_compile: bool = typer.Option(False, "--compile", help="Try torch.compile, too."),
+    as_json: bool = _JSON,
+) -> None:
+    """Find by measurement how this node trains fastest, and write it as a profile.
+
+    Example: knl tune --budget 10m --out p.json
+
+    Trains real steps on made-up pictures: as torch comes, by rule, then variations. At the end the
+    best is measured again beside the first two. Ctrl-C keeps what was learned (exit status 75) and
+    the same command goes on. knl train and knl run use the newest profile that fits.
+    """
+    from knl.tune.command import describe, result
+    from knl.tune.command import tune as search
+
+    profile, path, finished = search(
+        _read(Path("/"), None), recipe, budget, out, os.environ, with_compile=with_compile
+    )
+    print(json.dumps(result(profile, path)) if as_json else describe(profile, path))
+    if not finished:
+        raise typer.Exit(_STOPPED_EARLY)
+
+
+def doctor(fsroot: Path = _FSROOT, as_json: bool = _JSON) -> None:
+    """Say what this node and its stack really do, and what will be slow or broken.
+
+    Example: knl doctor; knl run -- knl doctor
+
+    Runs a small convolution (a few seconds) to see which instructions oneDNN really uses. Each
+    warning comes with its cure; exit status 1 if something is broken or slow, notes do not count.
+    It judges the process that it is: start it as you start the training. With --fsroot the hardware
+    is read below that folder; the stack, /tmp, /dev/shm and the convolutions are this machine's.
+    """
+    from knl.doctor import describe, examine
+
+    report = examine(fsroot, os.environ)
+    print(json.dumps(report.to_json()) if as_json else describe(report))
+    if not report.ok:
+        raise typer.Exit(1)
+
+
 def _read(fsroot: Path, xml: Path | None) -> Topology:
     if xml is None:
         from knl.sysfs import read_topology
@@ -168,3 +216,6 @@ def _say(where: str, warnings: tuple[str, ...]) -> None:
 def _warn(warnings: tuple[str, ...]) -> None:
     for warning in warnings:
         print(f"knl: {warning}", file=sys.stderr, flush=True)
+
+
+COMMANDS = (topology, doctor, plan, tune, show, env, run)

@@ -84,31 +84,40 @@ def launch(ranks: int, arguments: Sequence[str], columns: int | None, *, planned
     """Run `knl` with `arguments` as so many ranks on this host; return their exit status.
 
     `columns`: width of the terminal, None where there is none. `planned`: whether the ranks will
-    bind themselves by a plan. Signals that end a job reach the
-    ranks. Raises InputError when there is no MPI.
+    bind themselves by a plan. Signals that end a job reach the ranks. Raises InputError when there
+    is no MPI.
     """
-    mpi = find_mpi(os.environ)
-    environment = {**os.environ, **mpi_environment(os.environ), _READY: "1"}
-    for name in [name for name in environment if name.startswith("PMI")]:
-        del environment[name]  # an outer srun's: its PMI can be used once only, and not by ranks
-    if mpi.kind == "intel":
-        environment.setdefault("I_MPI_FABRICS", "shm")  # one host needs no network
-        environment.setdefault("I_MPI_HYDRA_BOOTSTRAP", "fork")
-        if planned:
-            environment["I_MPI_PIN"] = "0"  # the ranks bind themselves
+    command, environment = ranks_command(ranks, ["-m", "knl", *arguments], os.environ)
     if not planned:
         threads = max(1, len(os.sched_getaffinity(0)) // ranks)
         environment.setdefault("OMP_NUM_THREADS", str(threads))
+        if "I_MPI_PIN" not in os.environ:
+            del environment["I_MPI_PIN"]
     if columns:
         environment["KNL_TERMINAL_COLUMNS"] = str(columns)
-    # In a Slurm job Intel's mpiexec would start the ranks on the job's nodes.
-    here = ["-hosts", "localhost"] if mpi.kind == "intel" else []
-    command = [str(mpi.mpiexec), *here, "-n", str(ranks), sys.executable, "-m", "knl", *arguments]
     try:
         with subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL) as process:
             return _wait(process)
     except OSError as error:
-        raise InputError(f"{mpi.mpiexec} does not start: {error.strerror}") from None
+        raise InputError(f"{command[0]} does not start: {error.strerror}") from None
+
+
+def ranks_command(
+    ranks: int, arguments: Sequence[str], environment: Mapping[str, str]
+) -> tuple[list[str], dict[str, str]]:
+    """The command that starts Python with `arguments` as so many MPI ranks on this host, and its
+    environment, in which they bind themselves. Raises InputError when there is no MPI."""
+    mpi = find_mpi(environment)
+    wanted = {**environment, **mpi_environment(environment), _READY: "1"}
+    for name in [name for name in wanted if name.startswith("PMI")]:
+        del wanted[name]  # an outer srun's: its PMI can be used once only, and not by ranks
+    wanted.setdefault("I_MPI_PIN", "0")
+    if mpi.kind == "intel":
+        wanted.setdefault("I_MPI_FABRICS", "shm")  # one host needs no network
+        wanted.setdefault("I_MPI_HYDRA_BOOTSTRAP", "fork")
+    # In a Slurm job Intel's mpiexec would start the ranks on the job's nodes.
+    here = ["-hosts", "localhost"] if mpi.kind == "intel" else []
+    return [str(mpi.mpiexec), *here, "-n", str(ranks), sys.executable, *arguments], wanted
 
 
 def _wait(process: subprocess.Popen[bytes]) -> int:

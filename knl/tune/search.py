@@ -1,0 +1,216 @@
+"""The search: as is, by rule, then variations of the best; at the end all three in turn."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from datetime import datetime, timezone
+from statistics import median
+from typing import Literal
+
+import msgspec
+
+from knl.choices import Choices
+from knl.errors import FailedError
+from knl.placement import domains
+from knl.plan import make_plan, plan_by_rule
+from knl.profile import SCHEMA, Gain, Profile, Trial, fingerprint
+from knl.tune.compare import gain_of
+from knl.tune.display import Display
+from knl.tune.history import History
+from knl.tune.space import canonical, fits, neighbours
+from knl.tune.trial import Bench
+
+_STEPS = 3
+# A step as it comes may take this share of the budget; else trials get fewer images.
+_STEP_SHARE = 1 / 60
+_FEW_IMAGES = 8
+# A trial slower than this share of the best is not worth its other steps.
+_HOPELESS = 0.6
+# Rounds in which as-is, rule and best are measured again, and the most of the budget for them.
+_ROUNDS = 3
+_COMPARE_SHARE = 0.4
+# After so many trials next to the best, TPE has every other one.
+_NEIGHBOURS_FIRST = 8
+# A trial that takes so many times as long as as-is did counts as hanging.
+_HANGING = 4.0
+_SHORTEST_LIMIT_S = 30.0
+_START_S = 6.0
+
+
+class Search:
+    """A search under way. `deadline`: on the monotonic clock, after `budget_s` seconds."""
+
+    def __init__(
+        self, bench: Bench, history: History, display: Display, budget_s: float, began: float
+    ) -> None:
+        self.bench, self.history, self.display = bench, history, display
+        self.budget_s, self.deadline = budget_s, began + budget_s
+        self.rule = canonical(
+            plan_by_rule(bench.node, _ranks_by_rule(bench), bench.environment).choices
+        )
+        # Seconds that a trial of each kind took; guessed for those of an interrupted search.
+        self.wall_s = {
+            t.label: _START_S + sum(t.step_s) * (_STEPS + 1) / _STEPS for t in history.trials
+        }
+
+    def run(self) -> None:
+        """Trials until only the time to compare is left."""
+        known = {trial.label for trial in self.history.trials}
+        if "as-is" not in known:
+            self.measure("as-is", None)
+        if "rule" not in known:
+            self.measure("rule", self.rule)
+        while time.monotonic() + self._usual_s() < self.deadline - self._compare_s():
+            choices = self._next()
+            if choices is None:
+                self.display.say("every choice has been tried")
+                return
+            self.measure("search", choices)
+
+    def measure(self, label: Literal["as-is", "rule", "search"], choices: Choices | None) -> None:
+        """Run one trial, note it, show it."""
+        best = self.history.best
+        slowest = self.bench.images / (_HOPELESS * best.images_per_s) if best else float("inf")
+        prunes = label == "search"
+        measured = self.bench.measure(
+            choices, _STEPS, self._limit_s(), lambda step_s: prunes and step_s > slowest
+        )
+        self.wall_s[label] = measured.wall_s
+        images = self.bench.images
+        trial = Trial(
+            number=len(self.history.trials),
+            label=label,
+            choices=choices,
+            state=measured.state,
+            images_per_s=images / median(measured.step_s) if measured.step_s else 0.0,
+            step_s=measured.step_s,
+            reason=measured.reason,
+            peak_bytes=measured.peak_bytes,
+        )
+        self.history.add(trial)
+        best = self.history.best
+        self.display.trial(trial, best.images_per_s if best else 0.0)
+
+    def compare(self, best: Choices) -> Gain | None:
+        """As-is, rule and best again, in turn, so that what else the machine does hits all alike.
+        None where one of them fails."""
+        rivals = {"as-is": None, "rule": self.rule, "best": best}
+        step_s: dict[str, list[float]] = {name: [] for name in rivals}
+        took = 0.0
+        for number in range(_ROUNDS):
+            began = time.monotonic()
+            if number and began + took > self.deadline:
+                break
+            self.display.say(f"as-is, rule and best in turn: round {number + 1}")
+            for name, choices in rivals.items():
+                if name == "best" and best == self.rule:
+                    step_s["best"] = step_s["rule"]
+                    continue
+                step_s[name] += self.bench.measure(choices, _STEPS, self._limit_s()).step_s
+            took = time.monotonic() - began
+        if not all(step_s.values()):
+            return None
+        return gain_of(self.bench.images, step_s)
+
+    def _next(self) -> Choices | None:
+        """Something not tried yet; None when there is nothing left."""
+        best = self.history.best
+        near = best.choices if best and best.choices else self.rule
+        tried = {trial.choices for trial in self.history.trials}
+
+        def is_new(choices: Choices) -> bool:
+            shares = self.bench.images % choices.ranks_per_node == 0
+            return shares and choices not in tried and fits(self.bench.node, choices)
+
+        guided = self.history.suggest(near, is_new)
+        if guided and len(tried) > _NEIGHBOURS_FIRST and len(tried) % 2:
+            return guided
+        return next(filter(is_new, neighbours(self.history.space, near)), guided)
+
+    def _usual_s(self) -> float:
+        """How long the next trial will take."""
+        return max(self.wall_s.get("search", 0.0), self.wall_s.get("rule", 0.0))
+
+    def _compare_s(self) -> float:
+        """Time to keep for comparing: for all rounds if they are short, for one at least."""
+        one = self.wall_s.get("as-is", 0.0) + 2 * self._usual_s()
+        return max(one, min(_ROUNDS * one, _COMPARE_SHARE * self.budget_s))
+
+    def _limit_s(self) -> float:
+        """Seconds for a trial: enough for a slow one, and never far beyond the budget."""
+        left = self.deadline - time.monotonic()
+        usual = self.wall_s.get("as-is", 0.0) * _HANGING or left
+        return max(_SHORTEST_LIMIT_S, min(usual, left))
+
+
+def search(
+    bench: Bench, history: History, budget_s: float, began: float, display: Display
+) -> tuple[Profile, bool]:
+    """Search until `budget_s` seconds after `began` (monotonic clock). Returns the profile, and
+    whether it came to its end: Ctrl-C keeps what was learned.
+
+    Raises FailedError when no plan trains.
+    """
+    state = Search(bench, history, display, budget_s, began)
+    gain = None
+    try:
+        state.run()
+        finished = True
+        if history.best and history.best.choices:
+            gain = state.compare(history.best.choices)
+    except KeyboardInterrupt:
+        display.say("interrupted: what was learned is kept, the same command goes on from here")
+        finished = False
+    best = history.best
+    if best is None or best.choices is None:
+        reasons = [trial.reason for trial in history.trials if trial.reason]
+        raise FailedError(f"no plan could be measured: {reasons[-1] if reasons else 'interrupted'}")
+    choices = best.choices
+    if gain and gain.rule_images_per_s > gain.best_images_per_s:
+        choices = state.rule  # the best was lucky when it was found
+        gain = msgspec.structs.replace(
+            gain,
+            best_images_per_s=gain.rule_images_per_s,
+            gain=gain.rule_images_per_s / gain.as_is_images_per_s,
+        )
+    return _profile(bench, history, choices, gain), finished
+
+
+def images_for(bench: Bench, budget_s: float, display: Display) -> int:
+    """Images of a step: the recipe's lane, halved until a step as it comes leaves time for a
+    search. Raises FailedError when not even a few can be trained."""
+    full = bench.recipe.train.lane_batch
+    few = min(full, _FEW_IMAGES)
+    measured = replace(bench, images=few).measure(None, 1, budget_s / 2)
+    if measured.state != "complete":
+        raise FailedError(f"{bench.recipe.name} does not train here: {measured.reason}")
+    speed = few / measured.step_s[0]
+    images = full
+    while images > few and images > speed * budget_s * _STEP_SHARE and images % 2 == 0:
+        images //= 2
+    if images != full:
+        display.say(
+            f"{images} images a step instead of the recipe's {full}: at {speed:.1f} images/s as it "
+            f"comes, {budget_s:.0f} s hold no search at {full}; a longer --budget would"
+        )
+    return images
+
+
+def _ranks_by_rule(bench: Bench) -> int:
+    ranks = domains(bench.node)
+    return ranks if bench.images % ranks == 0 else 1
+
+
+def _profile(bench: Bench, history: History, choices: Choices, gain: Gain | None) -> Profile:
+    peaks = [trial.peak_bytes for trial in history.trials if trial.choices == choices]
+    return Profile(
+        schema=SCHEMA,
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        recipe=bench.recipe.name,
+        images=bench.images,
+        fingerprint=fingerprint(bench.node),
+        plan=make_plan(bench.node, choices, bench.environment, "profile", max(peaks, default=None)),
+        gain=gain,
+        trials=tuple(history.trials),
+    )

@@ -1,0 +1,79 @@
+"""What the search varies on a node, and in which order it is worth trying."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, get_args
+
+import msgspec
+
+from knl.choices import Allreduce, Choices, allocators, find_library, has_ipex
+from knl.errors import InputError
+from knl.placement import domains, place
+from knl.topology import Topology
+
+_BF16_ISA = ("avx512_bf16", "amx_bf16")
+# Below so many cores a reserved one costs more than it can bring.
+_CORES_TO_RESERVE_FROM = 16
+_MOST_THREADS_PER_CORE = 2
+
+Space = dict[str, tuple[Any, ...]]
+
+
+def space(
+    node: Topology, images: int, environment: Mapping[str, str], *, with_compile: bool
+) -> Space:
+    """Field of Choices -> its values, in the order of what they are expected to bring. `images`: of
+    a step on the node, which the ranks share evenly."""
+    cores = sum(bool(set(core.cpus) & set(node.allowed_cpus)) for core in node.cores)
+    ranks = {n for n in (1, 2, 4, domains(node)) if n <= cores and images % n == 0}
+    has_iomp = bool(find_library("libiomp5", environment))
+    found: Space = {
+        "layout": ("channels_last", "contiguous", *(["ipex"] if has_ipex() else [])),
+        "allocator": tuple(allocators(environment)),
+        "ranks_per_node": tuple(sorted(ranks)),
+        "hugepages": (False, True) if node.hugepages == "madvise" else (False,),
+        "openmp": ("libgomp", "libiomp5") if has_iomp else ("libgomp",),
+        "blocktime_ms": (200, 1, 0),
+        "threads_per_core": tuple(range(1, min(node.threads_per_core, _MOST_THREADS_PER_CORE) + 1)),
+        "reserve_cores": (None, 0, 2, 4) if cores >= _CORES_TO_RESERVE_FROM else (None,),
+        "comm_workers": (None, 0, 1, 2, 3, 4) if cores >= _CORES_TO_RESERVE_FROM else (None, 1),
+        "allreduce": get_args(Allreduce),
+        "memory": ("auto", "none") if node.memory_mode in ("flat", "hybrid") else ("auto",),
+        "dtype": ("fp32", "bf16") if set(_BF16_ISA) & set(node.isa) else ("fp32",),
+        "compile": (False, True) if with_compile else (False,),
+    }
+    return {name: values for name, values in found.items() if len(values) > 1}
+
+
+def fits(node: Topology, choices: Choices) -> bool:
+    """Whether the node has the cores and threads for them."""
+    try:
+        place(
+            node,
+            choices.ranks_per_node,
+            choices.threads_per_core,
+            choices.reserve_cores,
+            choices.comm_workers,
+        )
+    except InputError:
+        return False
+    return True
+
+
+def canonical(choices: Choices) -> Choices:
+    """The same, with what has no effect set to its default: not to be measured twice."""
+    same: dict[str, Any] = {}
+    if choices.ranks_per_node == 1:  # nobody to exchange gradients with
+        same.update(comm_workers=None, allreduce="")
+    if choices.openmp == "libgomp" and choices.blocktime_ms != 0:  # it knows "passive" alone
+        same.update(blocktime_ms=200)
+    return msgspec.structs.replace(choices, **same)
+
+
+def neighbours(space: Space, best: Choices) -> Iterator[Choices]:
+    """Choices that differ from the best in one field, the most promising field first."""
+    for name, values in space.items():
+        for value in values:
+            if value != getattr(best, name):
+                yield canonical(msgspec.structs.replace(best, **{name: value}))

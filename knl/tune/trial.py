@@ -1,0 +1,204 @@
+"""One trial: a plan's ranks as fresh processes, watched, and ended when they are hopeless."""
+
+from __future__ import annotations
+
+import json
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Literal
+
+import msgspec
+import psutil
+
+from knl.choices import Choices
+from knl.config import Data, Recipe, to_toml
+from knl.launch import ranks_command
+from knl.plan import make_plan
+from knl.profile import SCHEMA, Profile, fingerprint, save_profile
+from knl.topology import Topology
+
+_MODULE = "knl.tune.steps"
+_GRACE_S = 5.0
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What came of a trial. `step_s`: seconds of each step after the one that warms up; `reason`:
+    why it is not complete; `wall_s`: with start and end."""
+
+    state: Literal["complete", "pruned", "failed"]
+    step_s: tuple[float, ...]
+    reason: str
+    peak_bytes: int
+    wall_s: float
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all trials of a search share. `images`: of a step on the node; `environment`: the
+    user's."""
+
+    node: Topology
+    recipe: Recipe
+    images: int
+    environment: Mapping[str, str]
+
+    def measure(
+        self,
+        choices: Choices | None,
+        steps: int,
+        limit_s: float,
+        hopeless: Callable[[float], bool] = lambda step_s: False,
+    ) -> Measured:
+        """Run `steps` steps and one to warm up. `choices`: None for as-is; `limit_s`: seconds after
+        which it counts as hanging; `hopeless`: judges the first step after the warm-up."""
+        with tempfile.TemporaryDirectory(prefix="knl-tune-") as name:
+            folder = Path(name)
+            command, environment = self._command(choices, steps, folder)
+            with (folder / "stderr").open("wb") as stderr:
+                process = subprocess.Popen(
+                    command,
+                    env=environment,
+                    cwd=folder,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=stderr,
+                    start_new_session=True,
+                )
+                try:
+                    measured = _follow(process, steps, limit_s, hopeless)
+                finally:
+                    _end(process)
+            if measured.state == "failed" and not measured.reason.startswith("no end"):
+                return _with_reason(measured, process.returncode, folder / "stderr")
+            return measured
+
+    def _command(
+        self, choices: Choices | None, steps: int, folder: Path
+    ) -> tuple[list[str], dict[str, str]]:
+        ranks = 1 if choices is None else choices.ranks_per_node
+        recipe = folder / "recipe.toml"
+        recipe.write_text(to_toml(trial_recipe(self.recipe, self.images, ranks, choices)))
+        child = ["-m", _MODULE, str(recipe), str(steps)]
+        if choices is None:
+            return [sys.executable, *child], dict(self.environment)
+        profile = Profile(
+            schema=SCHEMA,
+            created="",
+            recipe=self.recipe.name,
+            images=self.images,
+            fingerprint=fingerprint(self.node),
+            plan=make_plan(self.node, choices, self.environment, "profile"),
+        )
+        save_profile(profile, folder / "profile.json")
+        run = ["-m", "knl", "run", "--profile", str(folder / "profile.json")]
+        run += ["--", sys.executable, *child]
+        if ranks == 1:
+            return [sys.executable, *run], dict(self.environment)
+        return ranks_command(ranks, run, self.environment)
+
+
+def trial_recipe(recipe: Recipe, images: int, ranks: int, choices: Choices | None) -> Recipe:
+    """The recipe's network on made-up pictures of its size: one lane a rank, which share `images`.
+    `choices`: None for what a plain script of torch would do."""
+    pixels = recipe.data.crop or recipe.data.image_size
+    data = Data(
+        name="synthetic",
+        image_size=pixels,
+        classes=recipe.data.classes,
+        samples=max(images, 64) * 4,
+    )
+    train = msgspec.structs.replace(
+        recipe.train,
+        lanes=ranks,
+        lane_batch=images // ranks,
+        layout="contiguous" if choices is None else choices.layout,
+        dtype="fp32" if choices is None else choices.dtype,
+        compile=choices is not None and choices.compile,
+    )
+    return msgspec.structs.replace(recipe, data=data, train=train)
+
+
+def _follow(
+    process: subprocess.Popen[bytes],
+    steps: int,
+    limit_s: float,
+    hopeless: Callable[[float], bool],
+) -> Measured:
+    """Read the child's lines until it ends, hangs, or turns out hopeless."""
+    began = time.monotonic()
+    lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    assert process.stdout is not None  # opened as a pipe
+    threading.Thread(target=_read, args=(process.stdout, lines), daemon=True).start()
+    times: list[float] = []
+    peak = 0
+
+    def measured(state: Literal["complete", "pruned", "failed"], reason: str = "") -> Measured:
+        return Measured(state, tuple(times[1:]), reason, peak, time.monotonic() - began)
+
+    while True:
+        try:
+            line = lines.get(timeout=max(0.0, began + limit_s - time.monotonic()))
+        except queue.Empty:
+            return measured("failed", f"no end after {limit_s:.0f} s: ended")
+        if not line:
+            break
+        fact = json.loads(line)
+        peak = fact.get("peak_bytes", peak)
+        if "step_s" in fact:
+            times.append(fact["step_s"])
+            if len(times) == 2 and steps > 1 and hopeless(times[1]):
+                return measured("pruned", "too slow after its first step")
+    done = process.wait() == 0 and len(times) == steps + 1
+    return measured("complete" if done else "failed")
+
+
+def _read(pipe: IO[bytes], lines: queue.SimpleQueue[bytes]) -> None:
+    """Hand on lines that are whole objects, then an empty one for the end."""
+    with pipe:
+        for line in pipe:
+            if line.startswith(b"{") and line.endswith(b"\n"):
+                lines.put(line)
+    lines.put(b"")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Leave nothing running: mpiexec passes SIGTERM on; what does not obey is killed."""
+    family = []
+    try:
+        root = psutil.Process(process.pid)
+        family = [root, *root.children(recursive=True)]
+    except psutil.Error:
+        pass
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+    _, alive = psutil.wait_procs(family[1:], timeout=_GRACE_S if family[1:] else 0)
+    for survivor in [*alive, *family[:1]]:
+        try:
+            survivor.kill()
+        except psutil.Error:
+            continue
+    process.wait()
+
+
+def _with_reason(measured: Measured, status: int, stderr: Path) -> Measured:
+    """Why it failed: its own last words, or the signal that ended it."""
+    text = stderr.read_text(errors="replace")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    own = [line for line in lines if line.startswith("knl: ") and "plan" not in line]
+    killed = status in (-9, 137) or "KILLED BY SIGNAL: 9" in text
+    if killed:
+        reason = "killed (signal 9): out of memory?"
+    elif own:
+        reason = own[-1][5:]
+    else:
+        reason = f"status {status}: {lines[-1] if lines else 'no message'}"
+    return Measured("failed", measured.step_s, reason, measured.peak_bytes, measured.wall_s)
