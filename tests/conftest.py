@@ -7,6 +7,12 @@ import os
 import pytest
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_profiles_of_the_user(tmp_path_factory):
+    """What the user has measured on this machine must not change what tests see."""
+    os.environ["KNL_PROFILES"] = str(tmp_path_factory.mktemp("profiles"))
+
+
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item, call):
     outcome = yield

@@ -21,7 +21,10 @@ SOURCES = ["pyproject.toml", "CMakeLists.txt", "knl/native/lars.cpp", "knl/nativ
 PYTHONS = {"knl": ((3, 9), (3, 9)), "modern": ((3, 10), (3, 14))}
 # Free space that an install needs, in GB: the environment and pip's temporary files.
 ROOM_GB = {"knl": 4.5, "modern": 3.0}
-DEBIAN = ["dataset-fashion-mnist", "slurm-wlm", "munge", "libpmi2-0", "openmpi-bin", "mpich"]
+DEBIAN = [
+    "dataset-fashion-mnist", "slurm-wlm", "munge", "libpmi2-0", "openmpi-bin", "mpich", "hwloc",
+    "libtcmalloc-minimal4", "libjemalloc2",
+]  # fmt: skip
 
 
 def main() -> None:
