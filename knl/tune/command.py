@@ -6,7 +6,6 @@ import hashlib
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from knl.profile import Profile, fingerprint, profile_folder, save_profile
 from knl.topology import Topology
 from knl.tune.display import Display, summary
 from knl.tune.history import History
-from knl.tune.search import images_for, search
+from knl.tune.search import search, sized
 from knl.tune.space import space
 from knl.tune.trial import Bench
 
@@ -52,14 +51,14 @@ def tune(
     full = recipe.train.lane_batch
     dimensions = space(node, full, environment, with_compile=with_compile)
     history = History(node, recipe, dimensions, journal)
-    bench = Bench(node, recipe, history.images or full, environment)
+    bench = Bench(node, recipe, history.images or full, history.steps, environment)
     display = Display(budget_s)
     try:
         if history.trials:
             display.say(f"going on from {len(history.trials)} trials in {journal}")
         if not history.images:
-            history.images = images_for(bench, budget_s, display)
-            bench = replace(bench, images=history.images)
+            bench = sized(bench, budget_s, display)
+            history.set_size(bench.images, bench.steps)
         profile, finished = search(bench, history, budget_s, began, display)
     finally:
         display.close()

@@ -63,9 +63,15 @@ class History:
         """Images of a step in the trials so far; 0 where there are none yet."""
         return int(self._study.user_attrs.get("images", 0))
 
-    @images.setter
-    def images(self, images: int) -> None:
+    @property
+    def steps(self) -> int:
+        """Steps of each of these trials."""
+        return int(self._study.user_attrs.get("steps", 1))
+
+    def set_size(self, images: int, steps: int) -> None:
+        """Note what all trials will have in common."""
         self._study.set_user_attr("images", images)
+        self._study.set_user_attr("steps", steps)
 
     @property
     def best(self) -> Trial | None:

@@ -21,15 +21,17 @@ from knl.tune.history import History
 from knl.tune.space import canonical, fits, neighbours
 from knl.tune.trial import Bench
 
-_STEPS = 3
 # A step as it comes may take this share of the budget; else trials get fewer images.
-_STEP_SHARE = 1 / 60
+_STEP_SHARE = 1 / 28
 _FEW_IMAGES = 8
+# Steps of a trial after its warm-up: as many as last about as long as its start, within bounds.
+_MEASURED_S = 8.0
+_STEPS = (2, 10)
 # A trial slower than this share of the best is not worth its other steps.
 _HOPELESS = 0.6
 # Rounds in which as-is, rule and best are measured again, and the most of the budget for them.
 _ROUNDS = 3
-_COMPARE_SHARE = 0.4
+_COMPARE_SHARE = 0.5
 # After so many trials next to the best, TPE has every other one.
 _NEIGHBOURS_FIRST = 8
 # A trial that takes so many times as long as as-is did counts as hanging.
@@ -51,7 +53,8 @@ class Search:
         )
         # Seconds that a trial of each kind took; guessed for those of an interrupted search.
         self.wall_s = {
-            t.label: _START_S + sum(t.step_s) * (_STEPS + 1) / _STEPS for t in history.trials
+            t.label: _START_S + sum(t.step_s) * (bench.steps + 1) / bench.steps
+            for t in history.trials
         }
 
     def run(self) -> None:
@@ -74,7 +77,7 @@ class Search:
         slowest = self.bench.images / (_HOPELESS * best.images_per_s) if best else float("inf")
         prunes = label == "search"
         measured = self.bench.measure(
-            choices, _STEPS, self._limit_s(), lambda step_s: prunes and step_s > slowest
+            choices, self._limit_s(), lambda step_s: prunes and step_s > slowest
         )
         self.wall_s[label] = measured.wall_s
         images = self.bench.images
@@ -107,7 +110,7 @@ class Search:
                 if name == "best" and best == self.rule:
                     step_s["best"] = step_s["rule"]
                     continue
-                step_s[name] += self.bench.measure(choices, _STEPS, self._limit_s()).step_s
+                step_s[name] += self.bench.measure(choices, self._limit_s()).step_s
             took = time.monotonic() - began
         if not all(step_s.values()):
             return None
@@ -177,12 +180,15 @@ def search(
     return _profile(bench, history, choices, gain), finished
 
 
-def images_for(bench: Bench, budget_s: float, display: Display) -> int:
-    """Images of a step: the recipe's lane, halved until a step as it comes leaves time for a
-    search. Raises FailedError when not even a few can be trained."""
+def sized(bench: Bench, budget_s: float, display: Display) -> Bench:
+    """The bench with as many images a step as the recipe's lane, halved until a step as it comes
+    leaves time for a search; and with the number of steps that suits their speed.
+
+    Raises FailedError when not even a few images can be trained.
+    """
     full = bench.recipe.train.lane_batch
     few = min(full, _FEW_IMAGES)
-    measured = replace(bench, images=few).measure(None, 1, budget_s / 2)
+    measured = replace(bench, images=few, steps=1).measure(None, budget_s / 2)
     if measured.state != "complete":
         raise FailedError(f"{bench.recipe.name} does not train here: {measured.reason}")
     speed = few / measured.step_s[0]
@@ -194,7 +200,10 @@ def images_for(bench: Bench, budget_s: float, display: Display) -> int:
             f"{images} images a step instead of the recipe's {full}: at {speed:.1f} images/s as it "
             f"comes, {budget_s:.0f} s hold no search at {full}; a longer --budget would"
         )
-    return images
+    fewest, most = _STEPS
+    return replace(
+        bench, images=images, steps=min(most, max(fewest, round(_MEASURED_S * speed / images)))
+    )
 
 
 def _ranks_by_rule(bench: Bench) -> int:

@@ -43,26 +43,26 @@ class Measured:
 
 @dataclass(frozen=True)
 class Bench:
-    """What all trials of a search share. `images`: of a step on the node; `environment`: the
-    user's."""
+    """What all trials of a search share. `images`: of a step on the node; `steps`: of a trial after
+    the one that warms up; `environment`: the user's."""
 
     node: Topology
     recipe: Recipe
     images: int
+    steps: int
     environment: Mapping[str, str]
 
     def measure(
         self,
         choices: Choices | None,
-        steps: int,
         limit_s: float,
         hopeless: Callable[[float], bool] = lambda step_s: False,
     ) -> Measured:
-        """Run `steps` steps and one to warm up. `choices`: None for as-is; `limit_s`: seconds after
+        """Run the steps and one to warm up. `choices`: None for as-is; `limit_s`: seconds after
         which it counts as hanging; `hopeless`: judges the first step after the warm-up."""
         with tempfile.TemporaryDirectory(prefix="knl-tune-") as name:
             folder = Path(name)
-            command, environment = self._command(choices, steps, folder)
+            command, environment = self._command(choices, folder)
             with (folder / "stderr").open("wb") as stderr:
                 process = subprocess.Popen(
                     command,
@@ -74,20 +74,18 @@ class Bench:
                     start_new_session=True,
                 )
                 try:
-                    measured = _follow(process, steps, limit_s, hopeless)
+                    measured = _follow(process, self.steps, limit_s, hopeless)
                 finally:
                     _end(process)
             if measured.state == "failed" and not measured.reason.startswith("no end"):
                 return _with_reason(measured, process.returncode, folder / "stderr")
             return measured
 
-    def _command(
-        self, choices: Choices | None, steps: int, folder: Path
-    ) -> tuple[list[str], dict[str, str]]:
+    def _command(self, choices: Choices | None, folder: Path) -> tuple[list[str], dict[str, str]]:
         ranks = 1 if choices is None else choices.ranks_per_node
         recipe = folder / "recipe.toml"
         recipe.write_text(to_toml(trial_recipe(self.recipe, self.images, ranks, choices)))
-        child = ["-m", _MODULE, str(recipe), str(steps)]
+        child = ["-m", _MODULE, str(recipe), str(self.steps)]
         if choices is None:
             return [sys.executable, *child], dict(self.environment)
         profile = Profile(

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -45,7 +46,7 @@ def recipe(tmp_path):
 
 @pytest.fixture
 def bench(recipe):
-    return Bench(read_topology(), load_recipe(str(recipe)), 16, own_environment())
+    return Bench(read_topology(), load_recipe(str(recipe)), 16, 2, own_environment())
 
 
 def tune(recipe, *options: str) -> list[str]:
@@ -107,27 +108,27 @@ def test_an_interrupted_search_keeps_what_it_learned_and_goes_on(recipe, tmp_pat
 def test_a_trial_measures_each_step_but_the_first(bench, ranks):
     if ranks > len(os.sched_getaffinity(0)):
         pytest.skip("two ranks apart need two CPUs")
-    measured = bench.measure(Choices(ranks_per_node=ranks, layout=LAYOUT), 2, 90)
+    measured = bench.measure(Choices(ranks_per_node=ranks, layout=LAYOUT), 90)
     assert measured.state == "complete", measured.reason
     assert len(measured.step_s) == 2 and min(measured.step_s) > 0
     assert measured.peak_bytes > 50e6
 
 
 def test_a_hopeless_trial_is_pruned_after_its_first_step(bench):
-    measured = bench.measure(Choices(ranks_per_node=1), 500, 90, lambda step_s: True)
+    measured = replace(bench, steps=500).measure(Choices(ranks_per_node=1), 90, lambda step_s: True)
     assert measured.state == "pruned"
     assert len(measured.step_s) == 1
     assert not left()
 
 
 def test_a_hanging_trial_is_ended_and_leaves_nothing(bench):
-    measured = bench.measure(Choices(ranks_per_node=2), 100_000, 8)
+    measured = replace(bench, steps=100_000).measure(Choices(ranks_per_node=2), 8)
     assert (measured.state, measured.reason) == ("failed", "no end after 8 s: ended")
     assert not left()
 
 
 def test_a_trial_that_cannot_run_says_why(bench):
-    measured = bench.measure(Choices(ranks_per_node=1, dtype="bf16", layout="nonsense"), 1, 90)  # type: ignore[arg-type]
+    measured = bench.measure(Choices(ranks_per_node=1, dtype="bf16", layout="nonsense"), 90)  # type: ignore[arg-type]
     assert measured.state == "failed"
     assert "nonsense" in measured.reason
 
@@ -142,7 +143,7 @@ def test_a_killed_trial_is_told_as_killed(bench, ranks):
 
     killer = threading.Thread(target=kill)
     killer.start()
-    measured = bench.measure(Choices(ranks_per_node=ranks), 100_000, 60)
+    measured = replace(bench, steps=100_000).measure(Choices(ranks_per_node=ranks), 60)
     killer.join()
     assert (measured.state, measured.reason) == ("failed", "killed (signal 9): out of memory?")
     assert not left()

@@ -76,7 +76,7 @@ def test_an_interrupted_search_is_found_again_with_all_its_trials(node_of, tmp_p
     node, recipe = node_of("vm"), load_recipe("resnet50-bench")
     found = space(node, 64, {}, with_compile=False)
     first = History(node, recipe, found, tmp_path / "journal")
-    first.images = 16
+    first.set_size(16, 5)
     trials = [
         trial(0, None, 2.0),
         trial(1, Choices(ranks_per_node=1), 3.0),
@@ -86,7 +86,7 @@ def test_an_interrupted_search_is_found_again_with_all_its_trials(node_of, tmp_p
     for one in trials:
         first.add(one)
     again = History(node, recipe, found, tmp_path / "journal")
-    assert (again.images, again.trials) == (16, trials)
+    assert (again.images, again.steps, again.trials) == (16, 5, trials)
     assert again.best == trials[1]  # neither as-is nor one that was cut short
     other = load_recipe("resnet50-bench", ["data.image_size=128"])
     assert History(node, other, found, tmp_path / "journal").trials == []
