@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+from knl.cpulist import format_cpulist
 from knl.errors import InputError
 from knl.plan import Plan
 from knl.topology import Core, Topology
@@ -47,7 +49,7 @@ def text(node: Topology, plan: Plan, *, color: bool) -> str:
         ruler = "".join(
             str(core.cpus[0] // 10 % 10) if n % 10 == 0 else " " for n, core in enumerate(part)
         )
-        lines.append("core".ljust(_LABEL) + ruler.rstrip() + f"   CPU {part[0].cpus[0]} first")
+        lines.append((f"CPU {part[0].cpus[0]}".ljust(_LABEL) + ruler).rstrip())
         for rank, row in zip(plan.ranks, rows):
             shown = row[start : start + width]
             if color:
@@ -56,14 +58,15 @@ def text(node: Topology, plan: Plan, *, color: bool) -> str:
     used = {name for row in rows for name in row}
     legend = [f"{name} {role}" for name, role in _ROLES.items() if name in used]
     lines.append(", ".join([*legend, ". another rank"] if "." in used else legend))
-    lines += _threads(plan)
-    lines += _memory(node, plan)
+    for line in [*_threads(plan), *_memory(node, plan)]:
+        lines += textwrap.wrap(line, _COLUMNS, subsequent_indent="  ")
     return "\n".join(lines)
 
 
 def picture(node: Topology, plan: Plan, path: Path) -> None:
     """The drawing as PNG. Raises InputError when the file cannot be written."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.collections import PatchCollection
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch, Rectangle
 
@@ -71,10 +74,12 @@ def picture(node: Topology, plan: Plan, path: Path) -> None:
     figure = Figure(figsize=(max(6.0, 0.14 * len(node.cores)), 1.8 + 0.35 * len(rows)))
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for y, row in enumerate(rows):
-        for x, name in enumerate(row):
-            color = _PNG.get(name, "#e4e4e4")
-            axes.add_patch(Rectangle((x, y), 0.92, 0.85, color=color, linewidth=0))
+    squares = [
+        Rectangle((x, y), 0.92, 0.85, color=_PNG.get(name, "#e4e4e4"), linewidth=0)
+        for y, row in enumerate(rows)
+        for x, name in enumerate(row)
+    ]
+    axes.add_collection(PatchCollection(squares, match_original=True))
     axes.set_xlim(0, len(node.cores))
     axes.set_ylim(len(rows), 0)
     step = max(1, len(node.cores) // 16)
@@ -96,25 +101,25 @@ def picture(node: Topology, plan: Plan, path: Path) -> None:
 
 def _threads(plan: Plan) -> list[str]:
     """Roles on hardware threads of compute cores, which a letter a core cannot show."""
-    from knl.cpulist import format_cpulist
-
     lines = []
     for rank in plan.ranks:
         roles = [("worker", rank.comm_cpus), ("loader", rank.loader_cpus)]
-        found = [f"{role} {format_cpulist(cpus)}" for role, cpus in roles if cpus]
+        found = [f"{role} {_list(cpus)}" for role, cpus in roles if cpus]
         if found:
-            lines.append(f"rank {rank.local_rank}: CPUs of {', '.join(found)}")
+            lines.append(f"rank {rank.local_rank}: CPUs of {'; '.join(found)}")
     return lines
 
 
 def _memory(node: Topology, plan: Plan) -> list[str]:
     lines = []
     for memory in node.memory_nodes:
-        users: Sequence[str] = [
-            f"{rank.memory.policy} by rank {rank.local_rank}"
-            for rank in plan.ranks
-            if memory.id in rank.memory.nodes
-        ]
+        users = [rank.local_rank for rank in plan.ranks if memory.id in rank.memory.nodes]
         line = f"memory node {memory.id}: {memory.kind}, {memory.bytes / (1 << 30):.0f} GiB"
-        lines.append(", ".join([line, *users]))
+        if users:
+            line += f", {plan.ranks[users[0]].memory.policy} by rank {_list(users)}"
+        lines.append(line)
     return lines
+
+
+def _list(numbers: Sequence[int]) -> str:
+    return format_cpulist(numbers).replace(",", ", ")
