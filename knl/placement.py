@@ -57,6 +57,9 @@ def place(
     `reserve_cores`: cores of the node to keep from compute; `workers`: of oneCCL, a rank; None for
     the rule's. Raises InputError when there are not enough allowed cores or hardware threads.
     """
+    for name, value in (("cores to reserve", reserve_cores), ("workers a rank", workers)):
+        if value is not None and value < 0:
+            raise InputError(f"{name} = {value}: must be 0 or more")
     parts = _domains(node, ranks)
     allowed = sum(len(tile) for part in parts for tile in part)
     if not 1 <= ranks <= allowed:
@@ -164,9 +167,13 @@ def _assign(
             if ranks
         )
     placements = []
+    left = list(ranks_of)
     for index, block in compute:
-        # From the cores that stay free, the last: the first one is the operating system's.
-        comm = [free[index].pop().cpus[0] for _ in range(min(workers, len(free[index])))]
+        # From the cores that stay free, this rank's share, the last ones: the first one is the
+        # operating system's.
+        share = -(-len(free[index]) // left[index])
+        left[index] -= 1
+        comm = [free[index].pop().cpus[0] for _ in range(min(workers, share))]
         threads = [cpu for core in block for cpu in core.cpus[threads_per_core:]][::-1]
         while len(comm) < workers and threads:
             comm.append(threads.pop(0))
