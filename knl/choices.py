@@ -14,7 +14,7 @@ from knl.topology import Topology
 
 Allocator = Literal["glibc", "glibc-heap", "tcmalloc", "jemalloc"]
 OpenMp = Literal["libgomp", "libiomp5"]
-MemoryChoice = Literal["auto", "none", "preferred", "bind"]
+MemoryChoice = Literal["auto", "none"]
 Layout = Literal["contiguous", "channels_last", "ipex"]
 Dtype = Literal["fp32", "bf16"]
 # CCL_ALLREDUCE; "" leaves the choice to oneCCL.

@@ -73,7 +73,9 @@ def train(
     run_dir: Optional[Path] = typer.Option(
         None, help="Folder to write into; runs/RECIPE-TIME if not given."
     ),
-    ranks: Optional[int] = typer.Option(None, "-n", min=1, help="Ranks to start on this host."),
+    ranks: Optional[int] = typer.Option(
+        None, "-n", min=1, help="Ranks to start on this host; the profile's if not given, else 1."
+    ),
     profile: Optional[str] = typer.Option(
         None,
         help="A profile of knl tune; the newest that fits this node if not given, else the rule; "
@@ -115,6 +117,8 @@ def train(
             shared=True,
         )
     request = _Request(recipe, overrides, run_dir, profile, provider, as_json)
+    if ranks is None and world.launcher == "single":
+        ranks = _ranks_of_profile(request)
     if ranks is None or ranks == 1:
         _train_as_rank(world, request)
     else:
@@ -141,8 +145,24 @@ class _Request:
         return Path(self.profile) if self.profile else None
 
 
+def _ranks_of_profile(request: _Request) -> int:
+    """As many as were measured to be best, as far as there are lanes for them; 1 without one."""
+    from knl.config import load_recipe
+    from knl.profile import load_profile, newest_that_fits
+    from knl.sysfs import read_topology
+
+    if "KNL_PLAN" in os.environ or request.profile == "none":
+        return 1
+    path = request.profile_path or newest_that_fits(read_topology(), os.environ)
+    if path is None:
+        return 1
+    ranks = load_profile(path).plan.choices.ranks_per_node
+    return min(ranks, load_recipe(request.recipe, request.overrides).train.lanes)
+
+
 def _train_as_launcher(ranks: int, request: _Request) -> None:
     """Refuse what can be refused before anything starts, then start the ranks."""
+    cli_node.refuse_under_plan(f"-n {ranks}")
     from knl.config import load_recipe, require_ranks_fit
     from knl.launch import launch
     from knl.profile import load_profile
@@ -192,6 +212,7 @@ def _train_as_rank(world: World, request: _Request) -> None:
 def _become_planned(world: World, request: _Request) -> NoReturn:
     """Start this very command again, bound and in the plan's environment: an OpenMP runtime, an
     allocator and the dynamic loader read their settings only when a process starts."""
+    from knl.config import load_recipe
     from knl.launch import mpi_environment
     from knl.profile import plan_of_rank
     from knl.run import become
@@ -200,7 +221,13 @@ def _become_planned(world: World, request: _Request) -> NoReturn:
     environment = dict(os.environ)
     if world.launcher == "mpi":
         environment.update(mpi_environment(environment))
-    plan, number, where = plan_of_rank(read_topology(), world, request.profile_path, environment)
+    try:
+        recipe = load_recipe(request.recipe, request.overrides)
+    except InputError:
+        recipe = None  # the ranks will say so together
+    plan, number, where = plan_of_rank(
+        read_topology(), world, request.profile_path, environment, recipe
+    )
     command = [sys.executable, "-m", "knl", *sys.argv[1:]]
     become(plan, number, command, environment, where, verify=False)
 

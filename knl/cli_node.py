@@ -130,7 +130,7 @@ def run(
     from knl.run import become, start
 
     node = _read(Path("/"), None)
-    world = world_from(os.environ)
+    world = world_from(os.environ, needs_pmi=False)
     environment = dict(os.environ)
     if world.launcher == "single":
         found, where = plan_for(node, ranks, profile, environment)
@@ -140,6 +140,11 @@ def run(
         raise InputError(
             f"-n {ranks}: this is already rank {world.rank} of {world.size} of a launch by "
             f"{world.launcher}; leave -n out here",
+            shared=True,
+        )
+    if prefix:
+        raise InputError(
+            "--prefix: the launcher has the output (srun --label, mpiexec -l); leave it out here",
             shared=True,
         )
     if world.launcher == "mpi":
@@ -167,11 +172,19 @@ def tune(
 
     Trains real steps on made-up pictures: as torch comes, by rule, then variations. At the end the
     best is measured again beside the first two. Ctrl-C keeps what was learned (exit status 75) and
-    the same command goes on. knl train and knl run use the newest profile that fits.
+    the same command goes on. knl train and knl run use the newest profile that fits, but for one
+    written elsewhere with --out: give them that with --profile.
     """
     from knl.tune.command import describe, result
     from knl.tune.command import tune as search
 
+    if world_from(os.environ, needs_pmi=False).size > 1:
+        raise InputError(
+            "knl tune starts the ranks of the node itself: start it once, such as by "
+            "srun -N 1 -n 1 -c ALL_CPUS",
+            shared=True,
+        )
+    refuse_under_plan("knl tune")
     profile, path, finished = search(
         _read(Path("/"), None), recipe, budget, out, os.environ, with_compile=with_compile
     )
@@ -196,6 +209,14 @@ def doctor(fsroot: Path = _FSROOT, as_json: bool = _JSON) -> None:
     print(json.dumps(report.to_json()) if as_json else describe(report))
     if not report.ok:
         raise typer.Exit(1)
+
+
+def refuse_under_plan(what: str) -> None:
+    """Raise InputError in a shell that knl run started: its CPUs and settings are one rank's."""
+    if plan := os.environ.get("KNL_PLAN"):
+        raise InputError(
+            f"{what}: this shell is under a plan (KNL_PLAN={plan}); leave knl run first"
+        )
 
 
 def _read(fsroot: Path, xml: Path | None) -> Topology:

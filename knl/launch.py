@@ -115,6 +115,9 @@ def ranks_command(
     if mpi.kind == "intel":
         wanted.setdefault("I_MPI_FABRICS", "shm")  # one host needs no network
         wanted.setdefault("I_MPI_HYDRA_BOOTSTRAP", "fork")
+    # Open MPI 4 and 5; it would bind two ranks to a core each.
+    wanted.setdefault("OMPI_MCA_hwloc_base_binding_policy", "none")
+    wanted.setdefault("PRTE_MCA_hwloc_default_binding_policy", "none")
     # In a Slurm job Intel's mpiexec would start the ranks on the job's nodes.
     here = ["-hosts", "localhost"] if mpi.kind == "intel" else []
     return [str(mpi.mpiexec), *here, "-n", str(ranks), sys.executable, *arguments], wanted

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from knl.choices import Choices, find_library, rule_choices
+from knl.choices import Choices, allocators, find_library, rule_choices
 from knl.cpulist import format_cpulist
 from knl.placement import Placement, domains, place
 from knl.settings import Setting, Source, settings
@@ -60,8 +60,7 @@ def plan_by_rule(node: Topology, ranks: int | None, environment: Mapping[str, st
     Raises InputError when the node has too few allowed cores.
     """
     choices = rule_choices(node, domains(node) if ranks is None else ranks, environment)
-    plan = make_plan(node, choices, environment, "rule")
-    return msgspec.structs.replace(plan, warnings=(*plan.warnings, *_missing(plan, environment)))
+    return make_plan(node, choices, environment, "rule")
 
 
 def make_plan(
@@ -100,7 +99,13 @@ def make_plan(
         ranks=ranks,
         spare_cpus=tuple(cpu for cpu in node.allowed_cpus if cpu not in used),
         env=env,
-        warnings=(*_idle(node, ranks), *_shared(ranks, choices), *_kept(env)),
+        warnings=(
+            *_idle(node, ranks),
+            *_shared(ranks, choices),
+            *_missing(choices, environment),
+            *_measured_otherwise(choices),
+            *_kept(env),
+        ),
     )
 
 
@@ -114,7 +119,6 @@ def crowded_plan(node: Topology, ranks: int, environment: Mapping[str, str]) -> 
     env = settings(node, [everywhere] * ranks, choices, environment, "rule")
     for name in ("I_MPI_PIN_DOMAIN", "OMP_PLACES", "OMP_PROC_BIND"):
         env.pop(name)
-    env["I_MPI_PIN"] = Setting("0", "rule", "more ranks than cores")
     rank = RankPlan(0, cpus, (), (), Memory("none", ()))
     return Plan(
         choices=choices,
@@ -160,10 +164,7 @@ def _memory(
         return Memory("none", ())
     sharers = sum(placement.nodes == other.nodes for other in placements)
     fits = working_set is not None and working_set * sharers < _SURELY * sum(fast.values())
-    policy: Literal["preferred", "bind"] = "preferred"
-    if fits and choices.memory in ("auto", "bind"):
-        policy = "bind"
-    return Memory(policy, tuple(sorted(fast)))
+    return Memory("bind" if fits else "preferred", tuple(sorted(fast)))
 
 
 def _idle(node: Topology, ranks: Sequence[RankPlan]) -> list[str]:
@@ -195,13 +196,25 @@ def _kept(env: Mapping[str, Setting]) -> list[str]:
     return [f"{n}={s.value}: {s.reason}" for n, s in env.items() if s.source == "user"]
 
 
-def _missing(plan: Plan, environment: Mapping[str, str]) -> list[str]:
-    """Second-best paths that the rule had to take."""
+def _missing(choices: Choices, environment: Mapping[str, str]) -> list[str]:
+    """Second-best paths that are taken for lack of a library."""
     found = []
-    if plan.choices.allocator == "glibc-heap":
+    if choices.allocator == "glibc-heap" and allocators(environment)[-1] == "glibc-heap":
         found.append(
             "neither tcmalloc nor jemalloc is installed: glibc's malloc is told to keep its pages"
         )
-    if plan.choices.openmp == "libgomp" and not find_library("libiomp5", environment):
-        found.append("libiomp5 is not installed: torch's libgomp is used")
+    for library in (choices.allocator, choices.openmp):
+        wanted = library in ("tcmalloc", "jemalloc", "libiomp5")
+        if wanted and not find_library(library, environment):
+            found.append(f"{library} is not installed here: its settings have no effect")
     return found
+
+
+def _measured_otherwise(choices: Choices) -> list[str]:
+    """What a plan cannot set, as it belongs to the recipe."""
+    wanted = [("dtype", "bf16", choices.dtype == "bf16"), ("compile", "true", choices.compile)]
+    return [
+        f"measured with train.{key} = {value}: knl train needs --set train.{key}={value} for it"
+        for key, value, differs in wanted
+        if differs
+    ]

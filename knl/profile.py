@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from importlib import metadata
@@ -16,6 +16,7 @@ import msgspec
 from knl.bind import cpus_from_launcher
 from knl.choices import IPEX, Choices
 from knl.comm.world import World
+from knl.config import Recipe
 from knl.errors import InputError
 from knl.plan import Plan, crowded_plan, make_plan, plan_by_rule
 from knl.topology import Topology
@@ -70,11 +71,13 @@ class Gain(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`images`: of a step on the whole node; `created`: UTC, ISO 8601."""
+    """`images`: of a step on the whole node, of `pixels` a side; `created`: UTC, ISO 8601."""
 
     schema: int
     created: str
     recipe: str
+    model: str
+    pixels: int
     images: int
     fingerprint: Fingerprint
     plan: Plan
@@ -113,21 +116,24 @@ def load_profile(path: Path) -> Profile:
         return msgspec.json.decode(content, type=Profile)
     except AttributeError:
         raise InputError(f"profile {path}: is not a JSON object; {cure}") from None
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"profile {path}: {error}; {cure}") from None
 
 
 def save_profile(profile: Profile, path: Path) -> None:
     """Write it whole or not at all. Raises InputError when the place cannot be written."""
     content = json.dumps(msgspec.to_builtins(profile), indent=1) + "\n"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        with temporary.open("w", encoding="utf-8") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        Path(file.name).replace(path)
+        temporary.replace(path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise InputError(f"profile {path}: cannot be written: {error.strerror}") from None
 
 
@@ -172,11 +178,13 @@ def plan_for(
     ranks: int | None,
     path: Path | None,
     environment: Mapping[str, str],
+    recipe: Recipe | None = None,
 ) -> tuple[Plan, str]:
     """The plan to run under, and a line that says where it comes from: the profile at `path`, else
     the newest that fits, else the rule.
 
-    `ranks`: on this node, None for as many as the profile or the rule says. Raises InputError when
+    `ranks`: on this node, None for as many as the profile or the rule says; `recipe`: what will be
+    trained, None for any other program. Raises InputError when
     the profile is of another node or stack.
     """
     path = path or newest_that_fits(node, environment)
@@ -188,29 +196,54 @@ def plan_for(
     choices = profile.plan.choices
     where = f"plan of profile {path}"
     if ranks is not None and ranks != choices.ranks_per_node:
-        where += f", measured with {choices.ranks_per_node} rank(s), here for {ranks}"
+        where += (
+            f", measured with {choices.ranks_per_node} rank(s), here for {ranks} "
+            f"(-n {choices.ranks_per_node} runs it as measured)"
+        )
         choices = msgspec.structs.replace(
             choices, ranks_per_node=ranks, comm_workers=None, reserve_cores=None
         )
-    peak = max((t.peak_bytes for t in profile.trials if t.choices == choices), default=None)
-    return make_plan(node, choices, environment, "profile", peak), where
+    working_set = _working_set(profile, choices, recipe)
+    return make_plan(node, choices, environment, "profile", working_set), where
+
+
+def _working_set(profile: Profile, choices: Choices, recipe: Recipe | None) -> int | None:
+    """Bytes a rank will use at most, known only for the network and pictures that were measured, in
+    batches not larger."""
+    if recipe is None or (recipe.model.name, recipe.train.dtype) != (profile.model, choices.dtype):
+        return None
+    batch = profile.images // choices.ranks_per_node
+    if pixels_of(recipe) != profile.pixels or recipe.train.lane_batch > batch:
+        return None
+    done = [t for t in profile.trials if t.state == "complete" and t.choices == choices]
+    return max((trial.peak_bytes for trial in done), default=None)
+
+
+def pixels_of(recipe: Recipe) -> int:
+    """Pixels a side of the pictures that its network sees; 0 for the set's own."""
+    return recipe.data.crop or recipe.data.image_size
 
 
 def plan_of_rank(
-    node: Topology, world: World, path: Path | None, environment: Mapping[str, str]
+    node: Topology,
+    world: World,
+    path: Path | None,
+    environment: Mapping[str, str],
+    recipe: Recipe | None = None,
 ) -> tuple[Plan, int, str]:
     """The plan, this rank's number in it, and where it comes from. Where the launcher has bound
     each rank apart, the plan is for this rank's share alone."""
     cpus, apart = cpus_from_launcher(world, environment)
     node = replace(node, allowed_cpus=tuple(sorted(cpus)))
+    unused = f" (profile {path} is not used)" if path else ""
     if apart:
         plan = plan_by_rule(node, 1, environment)
-        return plan, 0, f"plan by rule within the CPUs that {world.launcher} gave to each rank"
+        return plan, 0, f"plan by rule within the CPUs that {world.launcher} gave each rank{unused}"
     cores = sum(bool(set(core.cpus) & set(node.allowed_cpus)) for core in node.cores)
     if cores < world.local_size:
         plan = crowded_plan(node, world.local_size, environment)
-        return plan, world.local_rank, "plan by rule"
-    plan, where = plan_for(node, world.local_size, path, environment)
+        return plan, world.local_rank, f"plan by rule{unused}"
+    plan, where = plan_for(node, world.local_size, path, environment, recipe)
     return plan, world.local_rank, where
 
 

@@ -15,7 +15,7 @@ from knl.cpulist import format_cpulist, parse_cpulist
 from knl.plan import Plan, RankPlan
 
 # Watching ends when no new thread has come for so long.
-_QUIET_S = 10.0
+_QUIET_S = 8.0
 _EVERY_S = 0.1
 
 
@@ -51,7 +51,7 @@ class Proof:
 
 def watch(processes: Mapping[int, int], running: Callable[[], bool]) -> dict[int, list[Thread]]:
     """Look at the ranks (local rank -> process id) and all that they start, until no new thread has
-    come for 10 s or `running` says that they have ended. Returns each thread as last seen."""
+    come for 8 s or `running` says that they have ended. Returns each thread as last seen."""
     seen: dict[int, dict[int, Thread]] = {rank: {} for rank in processes}
     policies: dict[int, str] = {}
     last_new = time.monotonic()

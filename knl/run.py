@@ -20,6 +20,7 @@ from knl.errors import InputError
 from knl.plan import Plan
 from knl.proof import Proof, prove, watch
 
+_POLL_S = 0.2
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -42,7 +43,12 @@ def become(
         _say(f"rank {number}: {refused}")
     if verify:
         _start_watcher(plan, number)
-    os.execve(program, list(command), {**environment, **rank_environment(plan, rank, where)})
+    for ignored in (signal.SIGPIPE, signal.SIGXFSZ):  # by Python, and exec would hand that on
+        signal.signal(ignored, signal.SIG_DFL)
+    try:
+        os.execve(program, list(command), {**environment, **rank_environment(plan, rank, where)})
+    except OSError as error:
+        raise _cannot_start(program, error) from None
 
 
 def start(
@@ -70,8 +76,8 @@ def start(
             mine.update(LOCAL_WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
             pipe = subprocess.PIPE if prefix else None
             with bound(rank) as refused:
-                ranks.append(
-                    subprocess.Popen(
+                try:
+                    process = subprocess.Popen(
                         [program, *command[1:]],
                         env={**environment, **rank_environment(plan, rank, where), **mine},
                         stdin=None if rank.local_rank == 0 else subprocess.DEVNULL,
@@ -79,18 +85,33 @@ def start(
                         stderr=pipe,
                         start_new_session=True,  # a signal then reaches all that the rank started
                     )
-                )
+                except OSError as error:
+                    raise _cannot_start(program, error) from None
+                ranks.append(process)
             if refused:
                 _say(f"rank {number}: {refused}")
         copiers = _copy_with_prefix(ranks) if prefix else []
         proven = _prove(plan, ranks) if verify else True
-        statuses = [_status(rank.wait()) for rank in ranks]
+        worst = _wait(ranks)
         for copier in copiers:
             copier.join()
-    for local_rank, status in enumerate(statuses):
-        if status != 0 and size > 1:
-            _say(f"rank {local_rank} ended with status {status}")
-    return max(statuses) if proven else max(1, *statuses)
+    return worst if proven else max(1, worst)
+
+
+def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
+    """Wait for all; tell of each that fails when it does: the others may wait for it in vain."""
+    running = dict(enumerate(ranks))
+    worst = 0
+    while running:
+        for number, rank in list(running.items()):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                returned = rank.wait(timeout=_POLL_S)
+                status = returned if returned >= 0 else 128 - returned
+                if status != 0 and len(ranks) > 1:
+                    _say(f"rank {number} ended with status {status}")
+                worst = max(worst, status)
+                del running[number]
+    return worst
 
 
 def _prove(plan: Plan, ranks: Sequence[subprocess.Popen[bytes]]) -> bool:
@@ -122,6 +143,8 @@ def _start_watcher(plan: Plan, number: int) -> None:
         _tell(proof, f"rank {number}")
         if proof.errors and _runs(rank):
             rank.terminate()
+    except Exception as error:
+        _say(f"rank {number} is not proven: {type(error).__name__}: {error}")
     finally:
         os._exit(0)
 
@@ -146,8 +169,11 @@ def _find(program: str) -> str:
     return found
 
 
-def _status(returncode: int) -> int:
-    return returncode if returncode >= 0 else 128 - returncode
+def _cannot_start(program: str, error: OSError) -> InputError:
+    return InputError(
+        f"{program}: cannot be started: {error.strerror}; is it a program for this machine, or a "
+        "script whose first line names its interpreter?"
+    )
 
 
 @contextlib.contextmanager
@@ -156,7 +182,9 @@ def _signals_to(ranks: list[subprocess.Popen[bytes]]) -> Iterator[None]:
         for rank in ranks:
             _send(rank, number)
 
-    before = {number: signal.signal(number, pass_on) for number in _PASSED_ON}
+    # One that nohup or a script's & told to ignore stays ignored.
+    passed_on = [n for n in _PASSED_ON if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, pass_on) for number in passed_on}
     try:
         yield
     except BaseException:
@@ -169,7 +197,7 @@ def _signals_to(ranks: list[subprocess.Popen[bytes]]) -> Iterator[None]:
 
 
 def _send(rank: subprocess.Popen[bytes], number: int) -> None:
-    """To the whole session: a script's own children, too."""
+    """To the whole process group: a script's own children, too."""
     if rank.returncode is None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(rank.pid, number)
@@ -181,7 +209,7 @@ def _copy_with_prefix(ranks: Sequence[subprocess.Popen[bytes]]) -> list[threadin
     def copy(number: int, source: IO[bytes], target: IO[bytes]) -> None:
         with source:
             for line in source:
-                with lock:
+                with lock, contextlib.suppress(BrokenPipeError):  # `| head` has read enough
                     target.write(b"[%d] " % number + line)
                     target.flush()
 

@@ -58,7 +58,8 @@ def _openmp(
     node: Topology, placements: Sequence[Placement], choices: Choices
 ) -> dict[str, tuple[str, str]]:
     """For the runtime that is really loaded: libgomp ignores KMP_ variables."""
-    threads = len(placements[0].compute)
+    # A cpuset may leave some ranks' cores fewer hardware threads.
+    threads = min(len(placement.compute) for placement in placements)
     found = {"OMP_NUM_THREADS": (str(threads), "one thread for each compute CPU of a rank")}
     if choices.openmp == "libiomp5":
         found["KMP_AFFINITY"] = (
@@ -90,7 +91,7 @@ def _memory(choices: Choices) -> dict[str, tuple[str, str]]:
     if choices.allocator == "glibc-heap":
         keep = "glibc's malloc keeps its pages: mapped anew, a step's buffers fault page by page"
         found["MALLOC_MMAP_MAX_"] = ("0", keep)
-        found["MALLOC_TRIM_THRESHOLD_"] = (str(1 << 40), keep)
+        found["MALLOC_TRIM_THRESHOLD_"] = ("-1", keep)  # never
         found["MALLOC_TOP_PAD_"] = (str(64 << 20), "the heap grows by 64 MiB at a time")
     if choices.allocator == "jemalloc":
         huge = ",thp:always" if choices.hugepages else ""
@@ -107,10 +108,7 @@ def _memory(choices: Choices) -> dict[str, tuple[str, str]]:
 
 
 def _oneccl(placements: Sequence[Placement], choices: Choices) -> dict[str, tuple[str, str]]:
-    if len(placements) == 1 and not placements[0].comm and not choices.comm_workers:
-        workers = 0
-    else:
-        workers = choices.comm_workers or len(placements[0].comm)
+    workers = choices.comm_workers or len(placements[0].comm)
     found: dict[str, tuple[str, str]] = {}
     if choices.allreduce:
         found["CCL_ALLREDUCE"] = (choices.allreduce, "fastest algorithm measured")

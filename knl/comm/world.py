@@ -43,8 +43,9 @@ class World:
 SINGLE = World(rank=0, size=1, local_rank=0, local_size=1, launcher="single")
 
 
-def world_from(environment: Mapping[str, str]) -> World:
+def world_from(environment: Mapping[str, str], *, needs_pmi: bool = True) -> World:
     """The world that a launcher's variables describe; a world of one where there is none.
+    `needs_pmi`: whether the ranks have to find each other.
 
     Raises InputError when a variable is not a number or out of range, or when srun started several
     tasks without telling them how to find each other (PMI).
@@ -53,10 +54,10 @@ def world_from(environment: Mapping[str, str]) -> World:
         if all(name in environment for name in names):
             rank, size, local_rank, local_size = (_number(environment, name) for name in names)
             return _checked(World(rank, size, local_rank, local_size, launcher), names)
-    return _slurm_step(environment)
+    return _slurm_step(environment, needs_pmi)
 
 
-def _slurm_step(environment: Mapping[str, str]) -> World:
+def _slurm_step(environment: Mapping[str, str], needs_pmi: bool) -> World:
     """A task of srun. A job's script, or a step of one task such as a shell, is a world of one.
     PMI's variables may be left over from an outer step, so rank and size are Slurm's own."""
     names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
@@ -67,7 +68,7 @@ def _slurm_step(environment: Mapping[str, str]) -> World:
         return SINGLE
     step = f"{environment.get('SLURM_JOB_ID')}.{environment.get('SLURM_STEP_ID')}"
     has_pmi = environment.get("PMI_SIZE") == str(size) and environment.get("PMI_JOBID") == step
-    if not has_pmi and "PMIX_RANK" not in environment:
+    if needs_pmi and not has_pmi and "PMIX_RANK" not in environment:
         raise InputError(
             f"srun started {size} tasks without PMI, so they cannot find each other: "
             "use srun --mpi=pmi2",

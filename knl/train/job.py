@@ -38,8 +38,9 @@ def run_job(
     Raises KnlError; one marked `shared` is raised by every rank.
     """
     began = time.perf_counter()
-    with contextlib.suppress(RuntimeError):  # a second job in one process finds it settled
-        torch.set_num_interop_threads(int(os.environ.get("KNL_INTEROP_THREADS", "1")))
+    if "KNL_INTEROP_THREADS" in os.environ:
+        with contextlib.suppress(RuntimeError):  # a second job in one process finds it settled
+            torch.set_num_interop_threads(int(os.environ["KNL_INTEROP_THREADS"]))
     recipe = together(bootstrap, lambda: _load(name, overrides, world.size))
     ranks = open_ranks(world, bootstrap, provider, recipe.comm.timeout_s)
     try:

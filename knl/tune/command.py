@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import platform
 import re
+import signal
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,7 +45,12 @@ def tune(
     budget_s = parse_budget(budget)
     recipe = load_recipe(recipe_name)
     path = out or _default_path(node, recipe.name, environment)
-    journal = path.with_name(path.name + ".journal")
+    # By host: nodes of one kind may search side by side in a shared home.
+    journal = path.with_name(f"{path.name}.{platform.node()}.journal")
+    if path.is_dir():
+        raise InputError(f"--out {path}: is a folder; name a file in it, such as {path / 'p.json'}")
+    for number in (signal.SIGTERM, signal.SIGHUP):  # end as by Ctrl-C, with nothing left behind
+        signal.signal(number, signal.default_int_handler)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

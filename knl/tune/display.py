@@ -67,12 +67,15 @@ def summary(profile: Profile) -> str:
     ranked = sorted(profile.trials, key=lambda t: (t.state != "complete", -t.images_per_s))
     lines = [describe(trial) for trial in ranked]
     if gain := profile.gain:
+        over_rule = f"than the rule in {gain.sure_over_rule:.0%}"
+        if gain.best_images_per_s == gain.rule_images_per_s:
+            over_rule = "the rule is the best"
         lines += [
             "measured again in turn (medians): "
             f"as-is {gain.as_is_images_per_s:.2f}, rule {gain.rule_images_per_s:.2f}, "
             f"best {gain.best_images_per_s:.2f} images/s",
             f"gain over as-is {gain.gain:.2f} (95 % interval {gain.gain_low:.2f} to "
-            f"{gain.gain_high:.2f}); faster than as-is in {gain.sure:.0%} and than the rule in "
-            f"{gain.sure_over_rule:.0%} of resamples",
+            f"{gain.gain_high:.2f}); faster than as-is in {gain.sure:.0%} of resamples, "
+            f"{over_rule}",
         ]
     return "\n".join(lines)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ _STATES = {
 }
 _SEED = 0
 _SUGGESTIONS = 20
+_RANDOM = 500
 
 
 class History:
@@ -50,13 +52,13 @@ class History:
                 direction="maximize",
                 load_if_exists=True,
             )
-        except (OSError, ValueError, KeyError) as error:
+            texts = self._study.user_attrs.get("trials", [])
+            self.trials: list[Trial] = [msgspec.json.decode(text, type=Trial) for text in texts]
+        except (OSError, ValueError, KeyError, msgspec.MsgspecError) as error:
             raise InputError(
                 f"{journal}: the trials of an interrupted search cannot be read or written "
                 f"({error}); remove the file, or give another --out"
             ) from None
-        texts = self._study.user_attrs.get("trials", [])
-        self.trials: list[Trial] = [msgspec.json.decode(text, type=Trial) for text in texts]
 
     @property
     def images(self) -> int:
@@ -84,8 +86,6 @@ class History:
         self.trials.append(trial)
         if trial.choices is not None:
             state = _STATES[trial.state]
-            if trial.state == "pruned" and not trial.step_s:
-                state = TrialState.FAIL
             self._study.add_trial(
                 create_trial(
                     state=state,
@@ -98,12 +98,18 @@ class History:
         self._study.set_user_attr("trials", texts)
 
     def suggest(self, near: Choices, is_new: Callable[[Choices], bool]) -> Choices | None:
-        """TPE's idea of what to try next, with the rest as in `near`; None where it only repeats
-        itself."""
+        """TPE's idea of what to try next, with the rest as in `near`; where it only repeats itself
+        a random one; None when nothing new is found."""
         for _ in range(_SUGGESTIONS):
             asked = self._study.ask(self._distributions())
             self._study.tell(asked, state=TrialState.FAIL)  # add() tells what came of it
             choices = canonical(msgspec.structs.replace(near, **asked.params))
+            if is_new(choices):
+                return choices
+        generator = random.Random(len(self.trials))
+        for _ in range(_RANDOM):
+            fields = {name: generator.choice(values) for name, values in self.space.items()}
+            choices = canonical(msgspec.structs.replace(near, **fields))
             if is_new(choices):
                 return choices
         return None

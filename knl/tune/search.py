@@ -8,18 +8,16 @@ from datetime import datetime, timezone
 from statistics import median
 from typing import Literal
 
-import msgspec
-
 from knl.choices import Choices
-from knl.errors import FailedError
+from knl.errors import FailedError, KnlError
 from knl.placement import domains
 from knl.plan import make_plan, plan_by_rule
-from knl.profile import SCHEMA, Gain, Profile, Trial, fingerprint
+from knl.profile import SCHEMA, Gain, Profile, Trial, fingerprint, pixels_of
 from knl.tune.compare import gain_of
 from knl.tune.display import Display
 from knl.tune.history import History
 from knl.tune.space import canonical, fits, neighbours
-from knl.tune.trial import Bench
+from knl.tune.trial import Bench, Measured
 
 # A step as it comes may take this share of the budget; else trials get fewer images.
 _STEP_SHARE = 1 / 28
@@ -38,6 +36,8 @@ _NEIGHBOURS_FIRST = 8
 _HANGING = 4.0
 _SHORTEST_LIMIT_S = 30.0
 _START_S = 6.0
+# The one comparison may end this share of the budget after it.
+_LATE = 0.15
 
 
 class Search:
@@ -59,7 +59,7 @@ class Search:
 
     def run(self) -> None:
         """Trials until only the time to compare is left."""
-        known = {trial.label for trial in self.history.trials}
+        known = {trial.label for trial in self.history.trials if trial.state == "complete"}
         if "as-is" not in known:
             self.measure("as-is", None)
         if "rule" not in known:
@@ -76,10 +76,14 @@ class Search:
         best = self.history.best
         slowest = self.bench.images / (_HOPELESS * best.images_per_s) if best else float("inf")
         prunes = label == "search"
-        measured = self.bench.measure(
-            choices, self._limit_s(), lambda step_s: prunes and step_s > slowest
-        )
-        self.wall_s[label] = measured.wall_s
+        try:
+            measured = self.bench.measure(
+                choices, self._limit_s(label, choices), lambda step_s: prunes and step_s > slowest
+            )
+        except (KnlError, OSError) as error:  # it could not even be started
+            measured = Measured("failed", (), str(error), 0, 0.0)
+        if measured.state == "complete":
+            self.wall_s[label] = measured.wall_s
         images = self.bench.images
         trial = Trial(
             number=len(self.history.trials),
@@ -95,26 +99,25 @@ class Search:
         best = self.history.best
         self.display.trial(trial, best.images_per_s if best else 0.0)
 
-    def compare(self, best: Choices) -> Gain | None:
-        """As-is, rule and best again, in turn, so that what else the machine does hits all alike.
-        None where one of them fails."""
+    def compare(self, best: Choices) -> dict[str, list[float]] | None:
+        """Step times (s) of as-is, rule and best again, in turn, so that what else the machine does
+        hits all alike. None where one of them fails, or there is no time left."""
         rivals = {"as-is": None, "rule": self.rule, "best": best}
         step_s: dict[str, list[float]] = {name: [] for name in rivals}
-        took = 0.0
+        took = self._round_s()
         for number in range(_ROUNDS):
             began = time.monotonic()
-            if number and began + took > self.deadline:
+            late = 0.0 if number else _LATE * self.budget_s
+            if began + took > self.deadline + late:
                 break
             self.display.say(f"as-is, rule and best in turn: round {number + 1}")
             for name, choices in rivals.items():
                 if name == "best" and best == self.rule:
                     step_s["best"] = step_s["rule"]
                     continue
-                step_s[name] += self.bench.measure(choices, self._limit_s()).step_s
+                step_s[name] += self.bench.measure(choices, 2 * took + _START_S).step_s
             took = time.monotonic() - began
-        if not all(step_s.values()):
-            return None
-        return gain_of(self.bench.images, step_s)
+        return step_s if all(step_s.values()) else None
 
     def _next(self) -> Choices | None:
         """Something not tried yet; None when there is nothing left."""
@@ -126,25 +129,33 @@ class Search:
             shares = self.bench.images % choices.ranks_per_node == 0
             return shares and choices not in tried and fits(self.bench.node, choices)
 
-        guided = self.history.suggest(near, is_new)
-        if guided and len(tried) > _NEIGHBOURS_FIRST and len(tried) % 2:
-            return guided
-        return next(filter(is_new, neighbours(self.history.space, near)), guided)
+        by_tpe = len(tried) > _NEIGHBOURS_FIRST and len(tried) % 2
+        neighbour = next(filter(is_new, neighbours(self.history.space, near)), None)
+        if neighbour and not by_tpe:
+            return neighbour
+        return self.history.suggest(near, is_new) or neighbour
 
     def _usual_s(self) -> float:
         """How long the next trial will take."""
         return max(self.wall_s.get("search", 0.0), self.wall_s.get("rule", 0.0))
 
+    def _round_s(self) -> float:
+        """How long it takes to measure as-is, rule and best once more."""
+        return self.wall_s.get("as-is", 0.0) + 2 * self._usual_s()
+
     def _compare_s(self) -> float:
         """Time to keep for comparing: for all rounds if they are short, for one at least."""
-        one = self.wall_s.get("as-is", 0.0) + 2 * self._usual_s()
-        return max(one, min(_ROUNDS * one, _COMPARE_SHARE * self.budget_s))
+        return max(self._round_s(), min(_ROUNDS * self._round_s(), _COMPARE_SHARE * self.budget_s))
 
-    def _limit_s(self) -> float:
-        """Seconds for a trial: enough for a slow one, and never far beyond the budget."""
+    def _limit_s(self, label: str, choices: Choices | None) -> float:
+        """Seconds for a trial: enough for a slow one, and not those kept for comparing."""
         left = self.deadline - time.monotonic()
-        usual = self.wall_s.get("as-is", 0.0) * _HANGING or left
-        return max(_SHORTEST_LIMIT_S, min(usual, left))
+        if label != "search":
+            return max(_SHORTEST_LIMIT_S, left)
+        left -= self._compare_s()
+        compiles = choices is not None and choices.compile
+        usual = left if compiles else self.wall_s.get("as-is", left) * _HANGING
+        return max(self._usual_s(), min(usual, left))
 
 
 def search(
@@ -156,12 +167,12 @@ def search(
     Raises FailedError when no plan trains.
     """
     state = Search(bench, history, display, budget_s, began)
-    gain = None
+    again = None
     try:
         state.run()
         finished = True
         if history.best and history.best.choices:
-            gain = state.compare(history.best.choices)
+            again = state.compare(history.best.choices)
     except KeyboardInterrupt:
         display.say("interrupted: what was learned is kept, the same command goes on from here")
         finished = False
@@ -170,14 +181,11 @@ def search(
         reasons = [trial.reason for trial in history.trials if trial.reason]
         raise FailedError(f"no plan could be measured: {reasons[-1] if reasons else 'interrupted'}")
     choices = best.choices
-    if gain and gain.rule_images_per_s > gain.best_images_per_s:
-        choices = state.rule  # the best was lucky when it was found
-        gain = msgspec.structs.replace(
-            gain,
-            best_images_per_s=gain.rule_images_per_s,
-            gain=gain.rule_images_per_s / gain.as_is_images_per_s,
-        )
-    return _profile(bench, history, choices, gain), finished
+    if again and median(again["rule"]) < median(again["best"]):
+        choices, again["best"] = state.rule, again["rule"]  # it was lucky when it was found
+    return _profile(
+        bench, history, choices, gain_of(bench.images, again) if again else None
+    ), finished
 
 
 def sized(bench: Bench, budget_s: float, display: Display) -> Bench:
@@ -212,14 +220,15 @@ def _ranks_by_rule(bench: Bench) -> int:
 
 
 def _profile(bench: Bench, history: History, choices: Choices, gain: Gain | None) -> Profile:
-    peaks = [trial.peak_bytes for trial in history.trials if trial.choices == choices]
     return Profile(
         schema=SCHEMA,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         recipe=bench.recipe.name,
+        model=bench.recipe.model.name,
+        pixels=pixels_of(bench.recipe),
         images=bench.images,
         fingerprint=fingerprint(bench.node),
-        plan=make_plan(bench.node, choices, bench.environment, "profile", max(peaks, default=None)),
+        plan=make_plan(bench.node, choices, bench.environment, "profile"),
         gain=gain,
         trials=tuple(history.trials),
     )

@@ -1,7 +1,8 @@
 """A trial's child: real training steps on made-up pictures, timed. `python -m knl.tune.steps FILE`.
 
 Rank 0 writes one JSON object a line to stdout: {"step_s": seconds} for each step, the first of
-which warms up, then {"peak_bytes": the largest rank's}.
+which warms up, then {"peak_bytes": the largest rank's}. A rank that fails writes {"reason": why}
+and takes the others down.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import os
 import resource
 import sys
+from collections.abc import Callable
 
 from knl.comm.world import world_from
 from knl.errors import KnlError
@@ -19,37 +21,50 @@ _KIB = 1024
 
 def main(recipe_file: str, steps: int) -> None:
     """`steps`: to do after the one that warms up."""
+    from knl.native import stdout_to
+
+    with stdout_to(2) as stdout:
+
+        def tell(**fact: object) -> None:
+            os.write(stdout, json.dumps(fact).encode() + b"\n")
+
+        try:
+            _train(recipe_file, steps, tell)
+        except BaseException as error:
+            kind = "" if isinstance(error, KnlError) else f"{type(error).__name__}: "
+            tell(reason=kind + " ".join(str(error).split()))
+            mpi = sys.modules.get("mpi4py.MPI")
+            if mpi is not None:
+                mpi.COMM_WORLD.Abort(1)
+            sys.exit(1)
+
+
+def _train(recipe_file: str, steps: int, tell: Callable[..., None]) -> None:
     import torch
 
     from knl.comm.bootstrap import open_bootstrap
     from knl.comm.collectives import open_ranks
     from knl.config import load_recipe
     from knl.data.dataset import open_dataset
-    from knl.native import stdout_to
     from knl.train.trainer import Trainer
 
-    torch.set_num_interop_threads(int(os.environ.get("KNL_INTEROP_THREADS", "1")))
+    if "KNL_INTEROP_THREADS" in os.environ:
+        torch.set_num_interop_threads(int(os.environ["KNL_INTEROP_THREADS"]))
     world = world_from(os.environ)
     recipe = load_recipe(recipe_file)
-    with stdout_to(2) as stdout:
-
-        def tell(**fact: object) -> None:
-            if world.rank == 0:
-                os.write(stdout, json.dumps(fact).encode() + b"\n")
-
-        bootstrap = open_bootstrap(world)
-        ranks = open_ranks(world, bootstrap, "auto", recipe.comm.timeout_s)
-        trainer = Trainer(recipe, open_dataset(recipe.data, recipe.train.seed), ranks)
-        for step in range(steps + 1):
-            metrics = trainer.step(step)
+    bootstrap = open_bootstrap(world)
+    ranks = open_ranks(world, bootstrap, "auto", recipe.comm.timeout_s)
+    trainer = Trainer(recipe, open_dataset(recipe.data, recipe.train.seed), ranks)
+    for step in range(steps + 1):
+        metrics = trainer.step(step)
+        if world.rank == 0:
             tell(step_s=recipe.global_batch / metrics.images_per_s)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _KIB
-        tell(peak_bytes=max(map(int, bootstrap.gather(str(peak)))))
-        ranks.collectives.close()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _KIB
+    peaks = [int(text) for text in bootstrap.gather(str(peak))]
+    if world.rank == 0:
+        tell(peak_bytes=max(peaks))
+    ranks.collectives.close()
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1], int(sys.argv[2]))
-    except KnlError as error:
-        sys.exit(f"knl: {error}")
+    main(sys.argv[1], int(sys.argv[2]))

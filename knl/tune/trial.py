@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import queue
 import signal
@@ -11,7 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Literal
 
@@ -22,11 +23,12 @@ from knl.choices import Choices
 from knl.config import Data, Recipe, to_toml
 from knl.launch import ranks_command
 from knl.plan import make_plan
-from knl.profile import SCHEMA, Profile, fingerprint, save_profile
+from knl.profile import SCHEMA, Profile, fingerprint, pixels_of, save_profile
 from knl.topology import Topology
 
 _MODULE = "knl.tune.steps"
 _GRACE_S = 5.0
+_MARK = "KNL_TRIAL"
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Bench:
             with (folder / "stderr").open("wb") as stderr:
                 process = subprocess.Popen(
                     command,
-                    env=environment,
+                    env={**environment, _MARK: name},
                     cwd=folder,
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.PIPE,
@@ -76,10 +78,8 @@ class Bench:
                 try:
                     measured = _follow(process, self.steps, limit_s, hopeless)
                 finally:
-                    _end(process)
-            if measured.state == "failed" and not measured.reason.startswith("no end"):
-                return _with_reason(measured, process.returncode, folder / "stderr")
-            return measured
+                    _end(process, name)
+            return _explained(measured, folder / "stderr")
 
     def _command(self, choices: Choices | None, folder: Path) -> tuple[list[str], dict[str, str]]:
         ranks = 1 if choices is None else choices.ranks_per_node
@@ -92,6 +92,8 @@ class Bench:
             schema=SCHEMA,
             created="",
             recipe=self.recipe.name,
+            model=self.recipe.model.name,
+            pixels=pixels_of(self.recipe),
             images=self.images,
             fingerprint=fingerprint(self.node),
             plan=make_plan(self.node, choices, self.environment, "profile"),
@@ -107,10 +109,9 @@ class Bench:
 def trial_recipe(recipe: Recipe, images: int, ranks: int, choices: Choices | None) -> Recipe:
     """The recipe's network on made-up pictures of its size: one lane a rank, which share `images`.
     `choices`: None for what a plain script of torch would do."""
-    pixels = recipe.data.crop or recipe.data.image_size
     data = Data(
         name="synthetic",
-        image_size=pixels,
+        image_size=pixels_of(recipe),
         classes=recipe.data.classes,
         samples=max(images, 64) * 4,
     )
@@ -137,26 +138,26 @@ def _follow(
     assert process.stdout is not None  # opened as a pipe
     threading.Thread(target=_read, args=(process.stdout, lines), daemon=True).start()
     times: list[float] = []
-    peak = 0
+    peak, reason = 0, ""
 
-    def measured(state: Literal["complete", "pruned", "failed"], reason: str = "") -> Measured:
-        return Measured(state, tuple(times[1:]), reason, peak, time.monotonic() - began)
+    def measured(state: Literal["complete", "pruned", "failed"], why: str = "") -> Measured:
+        return Measured(state, tuple(times[1:]), why, peak, time.monotonic() - began)
 
-    while True:
-        try:
-            line = lines.get(timeout=max(0.0, began + limit_s - time.monotonic()))
-        except queue.Empty:
-            return measured("failed", f"no end after {limit_s:.0f} s: ended")
-        if not line:
-            break
-        fact = json.loads(line)
-        peak = fact.get("peak_bytes", peak)
-        if "step_s" in fact:
-            times.append(fact["step_s"])
-            if len(times) == 2 and steps > 1 and hopeless(times[1]):
-                return measured("pruned", "too slow after its first step")
-    done = process.wait() == 0 and len(times) == steps + 1
-    return measured("complete" if done else "failed")
+    try:
+        while line := lines.get(timeout=max(0.0, began + limit_s - time.monotonic())):
+            fact = json.loads(line)
+            peak = fact.get("peak_bytes", peak)
+            reason = reason or fact.get("reason", "")
+            if "step_s" in fact:
+                times.append(fact["step_s"])
+                if len(times) == 2 and steps > 1 and hopeless(times[1]):
+                    return measured("pruned", "too slow after its first step")
+        status = process.wait(timeout=max(1.0, began + limit_s - time.monotonic()))
+    except (queue.Empty, subprocess.TimeoutExpired):
+        return measured("failed", f"no end after {limit_s:.0f} s: ended")
+    if status == 0 and len(times) == steps + 1:
+        return measured("complete")
+    return measured("failed", reason or f"status {status}")
 
 
 def _read(pipe: IO[bytes], lines: queue.SimpleQueue[bytes]) -> None:
@@ -168,35 +169,43 @@ def _read(pipe: IO[bytes], lines: queue.SimpleQueue[bytes]) -> None:
     lines.put(b"")
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Leave nothing running: mpiexec passes SIGTERM on; what does not obey is killed."""
-    family = []
+def _end(process: subprocess.Popen[bytes], mark: str) -> None:
+    """Leave nothing running: mpiexec passes SIGTERM on; what does not obey is killed. A second
+    Ctrl-C must not come between."""
+    held = {n: signal.signal(n, signal.SIG_IGN) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
-        root = psutil.Process(process.pid)
-        family = [root, *root.children(recursive=True)]
-    except psutil.Error:
-        pass
-    if process.poll() is None:
-        process.send_signal(signal.SIGTERM)
-    _, alive = psutil.wait_procs(family[1:], timeout=_GRACE_S if family[1:] else 0)
-    for survivor in [*alive, *family[:1]]:
-        try:
-            survivor.kill()
-        except psutil.Error:
-            continue
-    process.wait()
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+        psutil.wait_procs(_processes_of(mark), timeout=_GRACE_S)
+        for survivor in _processes_of(mark):
+            with contextlib.suppress(psutil.Error):
+                survivor.kill()
+        process.wait()
+    finally:
+        for number, handler in held.items():
+            signal.signal(number, handler)
 
 
-def _with_reason(measured: Measured, status: int, stderr: Path) -> Measured:
-    """Why it failed: its own last words, or the signal that ended it."""
+def _processes_of(mark: str) -> list[psutil.Process]:
+    """What runs with this trial's mark in its environment: ranks have sessions of their own, and
+    outlive an mpiexec that was killed."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(_MARK) == mark:
+                found.append(process)
+    return found
+
+
+def _explained(measured: Measured, stderr: Path) -> Measured:
+    """A trial that did not say why it failed: by its last words, or by the signal that ended it."""
+    if not measured.reason.startswith("status"):
+        return measured
     text = stderr.read_text(errors="replace")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    own = [line for line in lines if line.startswith("knl: ") and "plan" not in line]
-    killed = status in (-9, 137) or "KILLED BY SIGNAL: 9" in text
-    if killed:
+    others = [line for line in lines if not line.startswith(("knl: ", "="))]
+    if measured.reason in ("status -9", "status 137") or "KILLED BY SIGNAL: 9" in text:
         reason = "killed (signal 9): out of memory?"
-    elif own:
-        reason = own[-1][5:]
     else:
-        reason = f"status {status}: {lines[-1] if lines else 'no message'}"
-    return Measured("failed", measured.step_s, reason, measured.peak_bytes, measured.wall_s)
+        reason = f"{measured.reason}: {(others or lines or ['no message'])[-1]}"
+    return replace(measured, reason=reason)

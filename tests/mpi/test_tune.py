@@ -72,7 +72,7 @@ def test_a_search_ends_in_a_profile_that_train_and_run_take(recipe, tmp_path):
     labels = [trial["label"] for trial in result["trials"]]
     assert labels[:2] == ["as-is", "rule"] and set(labels[2:]) <= {"search"}
     assert result["trials"][0]["choices"] is None
-    assert not (tmp_path / "p.json.journal").exists()
+    assert not list(tmp_path.glob("*.journal"))
     profile = load_profile(tmp_path / "p.json")
     assert profile.fingerprint.cores == len(read_topology().cores)
     assert all(setting.source == "profile" for setting in profile.plan.env.values())
@@ -88,8 +88,7 @@ def test_a_search_ends_in_a_profile_that_train_and_run_take(recipe, tmp_path):
 def test_an_interrupted_search_keeps_what_it_learned_and_goes_on(recipe, tmp_path):
     with started(tune(recipe, "--budget", "10m"), cwd=tmp_path) as job:
         deadline = time.monotonic() + 90
-        journal = tmp_path / "p.json.journal"
-        while not (journal.exists() and "rule" in journal.read_text()):
+        while not any("rule" in path.read_text() for path in tmp_path.glob("*.journal")):
             assert time.monotonic() < deadline, "no rule was tried"
             time.sleep(0.2)
         job.process.send_signal(signal.SIGINT)
@@ -138,7 +137,7 @@ def test_a_killed_trial_is_told_as_killed(bench, ranks):
     def kill() -> None:
         while not (found := left()):
             time.sleep(0.1)
-        time.sleep(1)
+        time.sleep(10)  # by then they know each other, and mpiexec ends them all
         found[0].kill()
 
     killer = threading.Thread(target=kill)
