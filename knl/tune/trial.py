@@ -29,6 +29,7 @@ from knl.topology import Topology
 _MODULE = "knl.tune.steps"
 _GRACE_S = 5.0
 _MARK = "KNL_TRIAL"
+_KILLED = "killed (signal 9): out of memory?"
 
 
 @dataclass(frozen=True)
@@ -161,11 +162,14 @@ def _follow(
 
 
 def _read(pipe: IO[bytes], lines: queue.SimpleQueue[bytes]) -> None:
-    """Hand on lines that are whole objects, then an empty one for the end."""
+    """Hand on lines that are whole objects, and mpiexec's word of a killed rank; then an empty
+    line for the end."""
     with pipe:
         for line in pipe:
             if line.startswith(b"{") and line.endswith(b"\n"):
                 lines.put(line)
+            elif b"KILLED BY SIGNAL: 9" in line:
+                lines.put(json.dumps({"reason": _KILLED}).encode())
     lines.put(b"")
 
 
@@ -204,8 +208,6 @@ def _explained(measured: Measured, stderr: Path) -> Measured:
     text = stderr.read_text(errors="replace")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     others = [line for line in lines if not line.startswith(("knl: ", "="))]
-    if measured.reason in ("status -9", "status 137") or "KILLED BY SIGNAL: 9" in text:
-        reason = "killed (signal 9): out of memory?"
-    else:
-        reason = f"{measured.reason}: {(others or lines or ['no message'])[-1]}"
-    return replace(measured, reason=reason)
+    killed = measured.reason in ("status -9", "status 137")
+    last = (others or lines or ["no message"])[-1]
+    return replace(measured, reason=_KILLED if killed else f"{measured.reason}: {last}")

@@ -86,7 +86,9 @@ def test_a_run_leaves_its_recipe_environment_and_metrics_and_is_never_overwritte
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["run_dir"] == str(folder)
-    assert load_recipe(str(folder / "recipe.toml")) == load_recipe("digits", QUICK[1::2])
+    assert load_recipe(str(folder / "recipe.toml")) == load_recipe(
+        "digits", [*QUICK[1::2], "train.layout=channels_last"]
+    )
     environment = json.loads((folder / "environment.json").read_text())
     assert environment["versions"]["torch"]
     assert "MY_SECRET" not in environment["variables"]
