@@ -162,7 +162,9 @@ def _assign(
     ranks_of = [sum(index == n for index, _ in compute) for n in range(len(parts))]
     if workers is None:
         workers = min(
-            _workers_by_rule(len(free[n]), ranks, [b for i, b in compute if i == n])
+            _workers_by_rule(
+                len(free[n]), ranks, [b for i, b in compute if i == n], threads_per_core
+            )
             for n, ranks in enumerate(ranks_of)
             if ranks
         )
@@ -194,14 +196,16 @@ def _assign(
     )
 
 
-def _workers_by_rule(free: int, ranks: int, blocks: Sequence[Sequence[Core]]) -> int:
+def _workers_by_rule(
+    free: int, ranks: int, blocks: Sequence[Sequence[Core]], threads_per_core: int
+) -> int:
     """As many as cores are free, but one for the operating system if there are plenty; else one on
     a hardware thread that is left; none where a rank is too small to have one."""
     if min(map(len, blocks)) < _LEAST_CORES_FOR_COMM:
         return 0
     if free >= ranks:
         return max(1, min((free - 1) // ranks, _MOST_WORKERS_BY_RULE))
-    return int(all(len(core.cpus) > 1 for block in blocks for core in block))
+    return int(all(len(core.cpus) > threads_per_core for block in blocks for core in block))
 
 
 def _last_threads(block: Sequence[Core], used: int, taken: set[int]) -> list[int]:
