@@ -72,8 +72,10 @@ def start(
     with _signals_to(ranks):
         for rank in plan.ranks:
             number = str(rank.local_rank)
-            mine = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": str(size)}
-            mine.update(LOCAL_WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+            mine: dict[str, str] = {}
+            if size > 1:
+                mine = {"RANK": number, "LOCAL_RANK": number, "MASTER_ADDR": "127.0.0.1"}
+                mine.update(WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size), MASTER_PORT=port)
             pipe = subprocess.PIPE if prefix else None
             with bound(rank) as refused:
                 try:

@@ -12,6 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from knl.choices import Choices
+from knl.plan import make_plan
+from knl.profile import SCHEMA, Profile, fingerprint, save_profile
+from knl.sysfs import read_topology
+
 from .launch import knl, mpiexec, rank_environment, run, started
 
 SHELL = ("sh", "-c")
@@ -159,6 +164,40 @@ def test_training_without_a_plan_is_left_as_it_comes(tmp_path):
     done = run(command, cwd=tmp_path)
     assert json.loads(done.stdout)["plan"] == ""
     assert "no plan: not bound" in done.stderr
+
+
+@NEEDS_TWO
+def test_the_newest_profile_that_fits_is_used_and_named_with_its_ranks(tmp_path):
+    node = read_topology()
+    choices = Choices(ranks_per_node=2, layout="contiguous", allocator="glibc-heap")
+    profile = Profile(
+        schema=SCHEMA,
+        created="2026-01-01T00:00:00+00:00",
+        recipe="digits",
+        model="resnet-small",
+        pixels=0,
+        images=64,
+        fingerprint=fingerprint(node),
+        plan=make_plan(node, choices, {}, "profile"),
+    )
+    save_profile(profile, tmp_path / "profiles" / "p.json")
+    train = knl("train", "digits", "--set", "train.steps=2", "--json")
+    done = run(train, cwd=tmp_path, timeout=120, KNL_PROFILES=str(tmp_path / "profiles"))
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert (result["ranks"], result["layout"]) == (2, "contiguous")
+    assert result["plan"].startswith(f"plan of profile {tmp_path}/profiles/p.json")
+    alone = run([*train, "-n", "1"], cwd=tmp_path, KNL_PROFILES=str(tmp_path / "profiles"))
+    assert "measured with 2 rank(s), here for 1" in json.loads(alone.stdout)["plan"]
+
+
+@NEEDS_TWO
+def test_nothing_starts_ranks_from_within_a_plan(tmp_path):
+    train = knl("train", "digits", "-n", "2")
+    for command in (train, knl("tune", "--out", "p.json")):
+        done = run(knl("run", "-n", "1", "--", *command), cwd=tmp_path)
+        assert done.returncode == 2
+        assert "this shell is under a plan" in done.stderr
 
 
 def test_more_ranks_than_cores_are_not_bound_and_say_so(tmp_path):
