@@ -262,7 +262,8 @@ def test_only_memory_that_was_measured_in_such_a_training_can_be_bound(
 
 
 def test_a_rank_of_a_launcher_gets_its_part_and_a_crowd_shares(tmp_path):
-    here, environment = read_topology(), {"KNL_PROFILES": str(tmp_path)}
+    here = read_topology()
+    environment = {"KNL_PROFILES": str(tmp_path), "SLURM_STEP_ID": "0"}  # which bound nobody
     cores = len({core for core in here.cores if set(core.cpus) & set(here.allowed_cpus)})
     assert plan_of_rank(here, SINGLE, None, environment)[1] == 0
     last = World(cores - 1, cores, cores - 1, cores, "mpi")
