@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
 import pytest
 
 from .trees import TREES
 
+# Where there is memory to write to: a disk takes seconds for a tree.
+MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+
 
 @pytest.fixture(scope="session")
-def root_of(tmp_path_factory):
+def root_of():
     """The root of a tree of TREES, by its name."""
-    roots = {}
+    with TemporaryDirectory(dir=MEMORY) as folder:
 
-    def root(name):
-        if name not in roots:
-            roots[name] = TREES[name][0].write(tmp_path_factory.mktemp(name))
-        return roots[name]
+        def root(name):
+            path = Path(folder) / name
+            return path if path.exists() else TREES[name][0].write(path)
 
-    return root
+        yield root

@@ -10,41 +10,31 @@ from knl.choices import Choices, allocators, rule_choices
 from knl.config import load_recipe
 from knl.errors import InputError
 from knl.profile import Trial
-from knl.sysfs import read_topology
 from knl.tune.command import parse_budget
 from knl.tune.compare import gain_of
 from knl.tune.display import describe, words
 from knl.tune.history import History
 from knl.tune.space import canonical, fits, neighbours, space
 
-from ..topology.trees import TREES
+from .nodes import read
 
 
-@pytest.fixture
-def node_of(tmp_path):
-    def read(name):
-        tree, _ = TREES[name]
-        return read_topology(tree.write(tmp_path / name))
-
-    return read
-
-
-def test_what_can_be_varied_follows_from_the_node(node_of):
-    vm = space(node_of("vm"), 64, {}, with_compile=False)
+def test_what_can_be_varied_follows_from_the_node():
+    vm = space(read("vm"), 64, {}, with_compile=False)
     assert vm["ranks_per_node"] == (1, 2)
     assert {"threads_per_core", "reserve_cores", "memory", "dtype", "compile"}.isdisjoint(vm)
-    knl = space(node_of("snc4-flat"), 64, {}, with_compile=True)
+    knl = space(read("snc4-flat"), 64, {}, with_compile=True)
     assert knl["ranks_per_node"] == (1, 2, 4)
     assert knl["threads_per_core"] == (1, 2)
     assert knl["memory"] == ("auto", "none")
     assert knl["compile"] == (False, True)
     assert knl["comm_workers"] == (None, 0, 1, 2, 3, 4)
     assert "dtype" not in knl  # a KNL has no bfloat16
-    assert space(node_of("vm"), 63, {}, with_compile=False).get("ranks_per_node") is None
+    assert space(read("vm"), 63, {}, with_compile=False).get("ranks_per_node") is None
 
 
-def test_every_neighbour_differs_and_is_worth_a_trial(node_of):
-    node = node_of("quadrant-flat")
+def test_every_neighbour_differs_and_is_worth_a_trial():
+    node = read("quadrant-flat")
     found = space(node, 64, {}, with_compile=False)
     best = canonical(rule_choices(node, 1, {}))
     near = [choices for choices in neighbours(found, best) if choices != best]
@@ -61,10 +51,10 @@ def test_choices_without_effect_are_not_told_apart():
     assert canonical(two) == two
 
 
-def test_more_ranks_than_cores_do_not_fit(node_of):
-    assert fits(node_of("vm"), Choices(ranks_per_node=2))
-    assert not fits(node_of("vm"), Choices(ranks_per_node=4))
-    assert not fits(node_of("vm"), Choices(ranks_per_node=1, threads_per_core=2))
+def test_more_ranks_than_cores_do_not_fit():
+    assert fits(read("vm"), Choices(ranks_per_node=2))
+    assert not fits(read("vm"), Choices(ranks_per_node=4))
+    assert not fits(read("vm"), Choices(ranks_per_node=1, threads_per_core=2))
 
 
 def trial(number, choices, speed, state="complete"):
@@ -72,8 +62,8 @@ def trial(number, choices, speed, state="complete"):
     return Trial(number, label, choices, state, speed, (1.0,), "" if speed else "it broke")
 
 
-def test_an_interrupted_search_is_found_again_with_all_its_trials(node_of, tmp_path):
-    node, recipe = node_of("vm"), load_recipe("resnet50-bench")
+def test_an_interrupted_search_is_found_again_with_all_its_trials(tmp_path):
+    node, recipe = read("vm"), load_recipe("resnet50-bench")
     found = space(node, 64, {}, with_compile=False)
     first = History(node, recipe, found, tmp_path / "journal")
     first.set_size(16, 5)
@@ -92,8 +82,8 @@ def test_an_interrupted_search_is_found_again_with_all_its_trials(node_of, tmp_p
     assert History(node, other, found, tmp_path / "journal").trials == []
 
 
-def test_tpe_suggests_only_what_was_not_tried(node_of):
-    node, recipe = node_of("vm"), load_recipe("resnet50-bench")
+def test_tpe_suggests_only_what_was_not_tried():
+    node, recipe = read("vm"), load_recipe("resnet50-bench")
     history = History(node, recipe, {"layout": ("contiguous", "channels_last")}, None)
     near = Choices(ranks_per_node=1)
     other = Choices(ranks_per_node=1, layout="channels_last")
@@ -101,10 +91,10 @@ def test_tpe_suggests_only_what_was_not_tried(node_of):
     assert history.suggest(near, lambda choices: False) is None
 
 
-def test_a_damaged_journal_is_told_with_its_cure(node_of, tmp_path):
+def test_a_damaged_journal_is_told_with_its_cure(tmp_path):
     (tmp_path / "journal").write_text("{nonsense\n")
     with pytest.raises(InputError, match=r"journal: .*remove the file"):
-        History(node_of("vm"), load_recipe("digits"), {}, tmp_path / "journal")
+        History(read("vm"), load_recipe("digits"), {}, tmp_path / "journal")
 
 
 @given(st.floats(0.1, 10), st.floats(0.1, 10))
