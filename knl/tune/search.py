@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime, timezone
 from statistics import median
@@ -76,12 +77,9 @@ class Search:
         best = self.history.best
         slowest = self.bench.images / (_HOPELESS * best.images_per_s) if best else float("inf")
         prunes = label == "search"
-        try:
-            measured = self.bench.measure(
-                choices, self._limit_s(label, choices), lambda step_s: prunes and step_s > slowest
-            )
-        except (KnlError, OSError) as error:  # it could not even be started
-            measured = Measured("failed", (), str(error), 0, 0.0)
+        measured = self._try(
+            choices, self._limit_s(label, choices), lambda step_s: prunes and step_s > slowest
+        )
         if measured.state == "complete":
             self.wall_s[label] = measured.wall_s
         images = self.bench.images
@@ -115,9 +113,21 @@ class Search:
                 if name == "best" and best == self.rule:
                     step_s["best"] = step_s["rule"]
                     continue
-                step_s[name] += self.bench.measure(choices, 2 * took + _START_S).step_s
+                step_s[name] += self._try(choices, 2 * took + _START_S).step_s
             took = time.monotonic() - began
         return step_s if all(step_s.values()) else None
+
+    def _try(
+        self,
+        choices: Choices | None,
+        limit_s: float,
+        hopeless: Callable[[float], bool] = lambda step_s: False,
+    ) -> Measured:
+        """Measure; what cannot even be started is a failed trial like any other."""
+        try:
+            return self.bench.measure(choices, limit_s, hopeless)
+        except (KnlError, OSError) as error:
+            return Measured("failed", (), str(error), 0, 0.0)
 
     def _next(self) -> Choices | None:
         """Something not tried yet; None when there is nothing left."""
