@@ -60,7 +60,8 @@ def bind(rank: RankPlan) -> str:
             f"CPUs {format_cpulist(rank.compute_cpus)} of rank {rank.local_rank}: "
             f"{error.strerror}; the plan is for another node or allocation: run knl tune here"
         ) from None
-    return set_memory_policy(rank.memory)
+    # Without a policy of the plan's own, one that the user gave by numactl stays.
+    return "" if rank.memory.policy == "none" else set_memory_policy(rank.memory)
 
 
 @contextmanager
@@ -72,7 +73,8 @@ def bound(rank: RankPlan) -> Iterator[str]:
         yield refused
     finally:
         os.sched_setaffinity(0, before)
-        set_memory_policy(Memory("none", ()))
+        if rank.memory.policy != "none":
+            set_memory_policy(Memory("none", ()))
 
 
 def set_memory_policy(memory: Memory) -> str:

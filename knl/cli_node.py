@@ -115,7 +115,9 @@ def run(
         None, "-n", min=1, help="Ranks to start; as many as the plan has if not given."
     ),
     verify: bool = typer.Option(
-        False, "--verify", help="Print a proof from live masks; end ranks outside their CPUs."
+        False,
+        "--verify",
+        help="Print a proof from the threads of the first minute; end ranks outside their CPUs.",
     ),
     prefix: bool = typer.Option(False, "--prefix", help="Put the rank before lines of output."),
 ) -> None:
@@ -125,6 +127,9 @@ def run(
 
     Ranks started here find each other by torchrun's variables. For MPI put the launcher outside:
     srun knl run -- ./program, or mpiexec -n 2 knl run -- ./program.
+
+    Under libgomp the main thread stays on one CPU once torch is imported, and so would processes
+    that load data for it: bind these to the CPUs in KNL_LOADER_CPUS.
     """
     from knl.profile import plan_for, plan_of_rank
     from knl.run import become, start
@@ -220,6 +225,8 @@ def refuse_under_plan(what: str) -> None:
 
 
 def _read(fsroot: Path, xml: Path | None) -> Topology:
+    if xml is not None and fsroot != Path("/"):
+        raise InputError("--fsroot and --xml: give one of them, each describes a whole node")
     if xml is None:
         from knl.sysfs import read_topology
 

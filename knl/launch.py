@@ -40,7 +40,8 @@ def find_mpi(environment: Mapping[str, str]) -> Mpi:
         return Mpi("other", Path(found), Path(found).parent.parent)
     raise InputError(
         "no MPI: there is no mpiexec in this Python's environment, in I_MPI_ROOT or on PATH; "
-        "pip install 'knl[modern]' (or 'knl[knl]') brings one, or load your site's MPI module"
+        "pip install '.[modern]' (or '.[knl]') in knl's folder brings one, or load your site's MPI "
+        "module"
     )
 
 

@@ -178,7 +178,7 @@ def _idle(node: Topology, ranks: Sequence[RankPlan]) -> list[str]:
         return []
     return [
         f"{len(ranks)} rank(s) leave {idle} cores idle, as a rank stays within one of the "
-        f"{parts} NUMA domains: --ranks-per-node {parts} uses all"
+        f"{parts} NUMA domains: {parts} ranks use all (-n {parts}, or --ranks-per-node {parts})"
     ]
 
 

@@ -14,7 +14,7 @@ from typing import Literal, Optional
 import msgspec
 
 from knl.bind import cpus_from_launcher
-from knl.choices import IPEX, Choices
+from knl.choices import IPEX, Choices, rule_choices
 from knl.comm.world import World
 from knl.config import Recipe
 from knl.errors import InputError
@@ -198,7 +198,7 @@ def plan_for(
     if ranks is not None and ranks != choices.ranks_per_node:
         where += (
             f", measured with {choices.ranks_per_node} rank(s), here for {ranks} "
-            f"(-n {choices.ranks_per_node} runs it as measured)"
+            f"({choices.ranks_per_node} run as measured)"
         )
         choices = msgspec.structs.replace(
             choices, ranks_per_node=ranks, comm_workers=None, reserve_cores=None
@@ -237,7 +237,10 @@ def plan_of_rank(
     node = replace(node, allowed_cpus=tuple(sorted(cpus)))
     unused = f" (profile {path} is not used)" if path else ""
     if apart:
-        plan = plan_by_rule(node, 1, environment)
+        # Ranks with masks of unlike sizes must still agree on oneCCL's workers: none of their own.
+        choices = rule_choices(node, 1, environment)
+        choices = msgspec.structs.replace(choices, comm_workers=0)
+        plan = make_plan(node, choices, environment, "rule")
         return plan, 0, f"plan by rule within the CPUs that {world.launcher} gave each rank{unused}"
     cores = sum(bool(set(core.cpus) & set(node.allowed_cpus)) for core in node.cores)
     if cores < world.local_size:

@@ -14,8 +14,12 @@ import psutil
 from knl.cpulist import format_cpulist, parse_cpulist
 from knl.plan import Plan, RankPlan
 
-# Watching ends when no new thread has come for so long.
+# Watching ends when no new thread has come for so long, but not before a slow file system can have
+# brought torch and its threads; and at once when a thread stays outside for longer than it may
+# take to bind itself.
 _QUIET_S = 8.0
+_AT_LEAST_S = 60.0
+_STRAY_S = 1.0
 _EVERY_S = 0.1
 
 
@@ -49,21 +53,34 @@ class Proof:
         )
 
 
-def watch(processes: Mapping[int, int], running: Callable[[], bool]) -> dict[int, list[Thread]]:
-    """Look at the ranks (local rank -> process id) and all that they start, until no new thread has
-    come for 8 s or `running` says that they have ended. Returns each thread as last seen."""
+def watch(
+    plan: Plan, processes: Mapping[int, int], running: Callable[[], bool]
+) -> dict[int, list[Thread]]:
+    """Look at the ranks (local rank -> process id) and all that they start for a minute and until
+    no new thread comes, or until `running` says that they have ended, or until a thread is seen to
+    stay outside its rank's CPUs. Returns each thread as last seen."""
     seen: dict[int, dict[int, Thread]] = {rank: {} for rank in processes}
     policies: dict[int, str] = {}
-    last_new = time.monotonic()
+    began = last_new = time.monotonic()
+    inside = began
     while True:
         alive = running()
         before = sum(map(len, seen.values()))
-        for rank, pid in processes.items():
-            seen[rank].update({thread.tid: thread for thread in threads_of(pid, policies)})
+        current = {rank: threads_of(pid, policies) for rank, pid in processes.items()}
+        for rank, threads in current.items():
+            seen[rank].update({thread.tid: thread for thread in threads})
         if sum(map(len, seen.values())) > before:
             last_new = time.monotonic()
-        if not alive or time.monotonic() - last_new > _QUIET_S:
-            return {rank: list(threads.values()) for rank, threads in seen.items()}
+        now = time.monotonic()
+        if not any(
+            role_of(plan.ranks[rank], thread.cpus) == "OUTSIDE"
+            for rank, threads in current.items()
+            for thread in threads
+        ):
+            inside = now
+        quiet = now - last_new > _QUIET_S and now - began > _AT_LEAST_S
+        if not alive or quiet or now - inside > _STRAY_S:
+            return {rank: list(found.values()) for rank, found in seen.items()}
         time.sleep(_EVERY_S)
 
 
@@ -143,15 +160,17 @@ def _policy(pid: int) -> str:
 
 
 def _wrong_memory(rank: RankPlan, threads: Sequence[Thread]) -> list[str]:
-    wanted = {"none": "default", "preferred": "prefer", "bind": "bind"}[rank.memory.policy]
+    if rank.memory.policy == "none":
+        return []  # whatever the user gave
+    wanted = {"preferred": "prefer", "bind": "bind"}[rank.memory.policy]
     nodes = format_cpulist(rank.memory.nodes)
     wrong = {
         (thread.process, thread.policy)
         for thread in threads
-        if thread.policy and not re.fullmatch(rf"{wanted}[^:]*(:{nodes})?", thread.policy)
+        if thread.policy and not re.fullmatch(rf"{wanted}[^:]*:{nodes}", thread.policy)
     }
     return [
         f"rank {rank.local_rank}: memory policy of {process} is {policy}, planned is "
-        f"{wanted}{':' + nodes if nodes else ''}"
+        f"{wanted}:{nodes}"
         for process, policy in sorted(wrong)
     ]

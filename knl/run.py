@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, NoReturn
 
@@ -20,7 +21,7 @@ from knl.errors import InputError
 from knl.plan import Plan
 from knl.proof import Proof, prove, watch
 
-_POLL_S = 0.2
+_POLL_S = 0.05
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -106,20 +107,21 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
     worst = 0
     while running:
         for number, rank in list(running.items()):
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                returned = rank.wait(timeout=_POLL_S)
+            returned = rank.poll()
+            if returned is not None:
                 status = returned if returned >= 0 else 128 - returned
                 if status != 0 and len(ranks) > 1:
                     _say(f"rank {number} ended with status {status}")
                 worst = max(worst, status)
                 del running[number]
+        time.sleep(_POLL_S)
     return worst
 
 
 def _prove(plan: Plan, ranks: Sequence[subprocess.Popen[bytes]]) -> bool:
     """Print the proof table; end ranks that are not where the plan has them."""
     processes = {number: rank.pid for number, rank in enumerate(ranks)}
-    seen = watch(processes, lambda: any(rank.poll() is None for rank in ranks))
+    seen = watch(plan, processes, lambda: any(rank.poll() is None for rank in ranks))
     proof = prove(plan, seen)
     _tell(proof, f"{len(ranks)} rank(s)")
     if proof.errors:
@@ -140,7 +142,7 @@ def _start_watcher(plan: Plan, number: int) -> None:
     try:
         os.setsid()
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # whoever reads the rank waits for no other
-        seen = watch({number: rank.pid}, lambda: _runs(rank))
+        seen = watch(plan, {number: rank.pid}, lambda: _runs(rank))
         proof = prove(plan, seen)
         _tell(proof, f"rank {number}")
         if proof.errors and _runs(rank):

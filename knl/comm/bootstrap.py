@@ -45,7 +45,7 @@ class MpiBootstrap:
         except (ImportError, RuntimeError) as error:
             raise FailedError(
                 f"MPI cannot be loaded ({_first_line(error)}): install a stack "
-                "(pip install 'knl[modern]') or load your site's MPI module"
+                "(pip install '.[modern]' in knl's folder) or load your site's MPI module"
             ) from None
         self.comm = MPI.COMM_WORLD
         if (self.comm.rank, self.comm.size) != (world.rank, world.size):

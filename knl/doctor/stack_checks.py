@@ -9,8 +9,8 @@ from knl.doctor.facts import Facts
 from knl.doctor.finding import Finding
 from knl.doctor.stack import isa_level
 
-_KNL_STACK = "pip install 'knl[knl]' on Python 3.9: torch 1.11 is the last with AVX-512 for KNL"
-_A_STACK = "pip install 'knl[modern]', or 'knl[knl]' for a Xeon Phi"
+_KNL_STACK = "pip install '.[knl]' in knl's folder on Python 3.9: torch 1.11 is the last with AVX-512 for KNL"
+_A_STACK = "pip install '.[modern]' in knl's folder, or '.[knl]' for a Xeon Phi"
 # oneDNN's and ATen's AVX-512 kernels want these; a KNL has the first alone.
 _AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl")
 # Devices of a fast network, and the libfabric providers that drive them.
@@ -131,7 +131,7 @@ def check_ipex(facts: Facts) -> Finding | None:
         "ipex-broken",
         "slow",
         f"intel-extension-for-pytorch does not work: {problem}",
-        "its version must be torch's: pip install 'knl[knl]', or pip uninstall it",
+        "its version must be torch's: pip install '.[knl]', or pip uninstall it",
     )
 
 

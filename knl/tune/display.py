@@ -70,6 +70,8 @@ def summary(profile: Profile) -> str:
         over_rule = f"than the rule in {gain.sure_over_rule:.0%}"
         if gain.best_images_per_s == gain.rule_images_per_s:
             over_rule = "the rule is the best"
+        if gain.gain_high < 1:
+            lines.append("as torch comes it is faster here: use --profile none")
         lines += [
             "measured again in turn (medians): "
             f"as-is {gain.as_is_images_per_s:.2f}, rule {gain.rule_images_per_s:.2f}, "

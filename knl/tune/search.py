@@ -208,7 +208,10 @@ def sized(bench: Bench, budget_s: float, display: Display) -> Bench:
     few = min(full, _FEW_IMAGES)
     measured = replace(bench, images=few, steps=1).measure(None, budget_s / 2)
     if measured.state != "complete":
-        raise FailedError(f"{bench.recipe.name} does not train here: {measured.reason}")
+        raise FailedError(
+            f"{bench.recipe.name}: {few} images do not train here as torch comes: "
+            f"{measured.reason}; give a longer --budget if that is all, or see knl doctor"
+        )
     speed = few / measured.step_s[0]
     images = full
     while images > few and images > speed * budget_s * _STEP_SHARE and images % 2 == 0:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import queue
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Literal
@@ -63,8 +64,8 @@ class Bench:
     ) -> Measured:
         """Run the steps and one to warm up. `choices`: None for as-is; `limit_s`: seconds after
         which it counts as hanging; `hopeless`: judges the first step after the warm-up."""
-        with tempfile.TemporaryDirectory(prefix="knl-tune-") as name:
-            folder = Path(name)
+        with _folder() as folder:
+            name = folder.name
             command, environment = self._command(choices, folder)
             with (folder / "stderr").open("wb") as stderr:
                 process = subprocess.Popen(
@@ -105,6 +106,16 @@ class Bench:
         if ranks == 1:
             return [sys.executable, *run], dict(self.environment)
         return ranks_command(ranks, run, self.environment)
+
+
+@contextlib.contextmanager
+def _folder() -> Iterator[Path]:
+    """A trial's own; a rank that dies late may still write to it, which spoils no measurement."""
+    path = Path(tempfile.mkdtemp(prefix="knl-tune-"))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def trial_recipe(recipe: Recipe, images: int, ranks: int, choices: Choices | None) -> Recipe:

@@ -73,7 +73,7 @@ def test_output_is_prefixed_by_rank_on_request():
 def test_ranks_are_on_cpus_of_their_own():
     done = run(knl("run", "-n", "2", "--", sys.executable, "-c", MASK))
     found = masks(done.stdout)
-    assert set(found) == {0, 1}
+    assert set(found) == {0, 1}, done
     assert not found[0] & found[1]
 
 
