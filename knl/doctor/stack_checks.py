@@ -9,7 +9,9 @@ from knl.doctor.facts import Facts
 from knl.doctor.finding import Finding
 from knl.doctor.stack import isa_level
 
-_KNL_STACK = "pip install '.[knl]' in knl's folder on Python 3.9: torch 1.11 is the last with AVX-512 for KNL"
+_KNL_STACK = (
+    "pip install '.[knl]' in knl's folder on Python 3.9: torch 1.11 still knows KNL's AVX-512"
+)
 _A_STACK = "pip install '.[modern]' in knl's folder, or '.[knl]' for a Xeon Phi"
 # oneDNN's and ATen's AVX-512 kernels want these; a KNL has the first alone.
 _AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl")
