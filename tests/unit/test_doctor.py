@@ -75,7 +75,7 @@ SITUATIONS = [
      "broken", "fails at convolution: RuntimeError"),
     ("torch", stack(problems={"torch": "No module named 'torch'"}), "broken", "pip install"),
     ("knl_torch", {"stack": MODERN}, "slow", "torch 2.13.0+cpu runs convolutions as AVX2 on a knl"),
-    ("knl_torch", {"stack": replace(MODERN, torch="1.12.0")}, "slow", "knl[knl]"),
+    ("knl_torch", {"stack": replace(MODERN, torch="1.12.0")}, "slow", ".[knl]"),
     ("knl_torch", {"stack": MODERN, "tree": "knm"}, "slow", "on a knm"),
     ("knl_torch", {"stack": MODERN, "tree": "skx-alternating"}, "", ""),
     ("knl_torch", {}, "", ""),

@@ -123,7 +123,7 @@ def test_without_a_number_there_is_a_rank_for_each_numa_node():
 
 def test_fewer_ranks_than_clusters_are_told_what_they_leave():
     (warning,) = [w for w in by_rule("snc4-flat", 2).warnings if "idle" in w]
-    assert "--ranks-per-node 4 uses all" in warning
+    assert "4 ranks use all (-n 4, or --ranks-per-node 4)" in warning
     assert not [w for w in by_rule("snc4-flat", 4).warnings if "idle" in w]
 
 
