@@ -20,9 +20,12 @@ from knl.sysfs import read_topology
 from .launch import knl, mpiexec, rank_environment, run, started
 
 SHELL = ("sh", "-c")
-MASK = (
-    "import os; print(os.environ.get('PMI_RANK', os.environ.get('RANK')), os.sched_getaffinity(0))"
-)
+# One write: ranks share the pipe.
+MASK = """
+import os
+rank = os.environ.get("PMI_RANK", os.environ.get("RANK"))
+os.write(1, f"{rank} {os.sched_getaffinity(0)}\\n".encode())
+"""
 NEEDS_TWO = pytest.mark.skipif(
     len(os.sched_getaffinity(0)) < 2, reason="two ranks apart need two CPUs"
 )

@@ -11,7 +11,11 @@ import pytest
 from ..mpi.launch import knl
 from .cluster import SlurmCluster
 
-MASK = "import os; print('node', os.environ['SLURM_NODEID'], 'mask', os.sched_getaffinity(0))"
+# One write: tasks share srun's pipe.
+MASK = """
+import os
+os.write(1, f"node {os.environ['SLURM_NODEID']} mask {os.sched_getaffinity(0)}\\n".encode())
+"""
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two ranks apart need two CPUs")
