@@ -53,8 +53,8 @@ def test_a_killed_rank_counts_as_its_signal():
 
 @NEEDS_TWO
 def test_a_signal_reaches_every_rank_and_what_it_started(tmp_path):
-    script = f"trap 'echo $RANK >> {tmp_path}/got; exit 7' USR1; touch {tmp_path}/up$RANK; "
-    script += "sleep 60 & wait"
+    script = f"trap 'echo $RANK >> {tmp_path}/got; exit 7' USR1; sleep 60 & "
+    script += f"touch {tmp_path}/up$RANK; wait"
     with started(knl("run", "-n", "2", "--", *SHELL, script)) as job:
         deadline = time.monotonic() + 30
         while len(list(tmp_path.glob("up*"))) < 2 and time.monotonic() < deadline:
