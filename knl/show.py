@@ -11,9 +11,23 @@ from knl.errors import InputError
 from knl.plan import Plan
 from knl.topology import Core, Topology
 
-_ROLES = {"C": "compute", "W": "comm worker", "L": "loader", "S": "spare", "x": "not allowed"}
+_ROLES = {
+    "C": "compute",
+    "W": "comm worker",
+    "L": "loader",
+    "S": "spare",
+    "x": "not allowed",
+    ".": "another rank",
+}
 _ANSI = {"C": "32", "W": "35", "L": "36", "S": "33", "x": "31"}
-_PNG = {"C": "#2a9d4a", "W": "#8e44ad", "L": "#1f8fb5", "S": "#d9a400", "x": "#b03030"}
+_PNG = {
+    "C": "#2a9d4a",
+    "W": "#8e44ad",
+    "L": "#1f8fb5",
+    "S": "#d9a400",
+    "x": "#b03030",
+    ".": "#e4e4e4",
+}
 _COLUMNS = 80
 _LABEL = len("rank 000  ")
 
@@ -55,9 +69,7 @@ def text(node: Topology, plan: Plan, *, color: bool) -> str:
             if color:
                 shown = "".join(f"\033[{_ANSI.get(c, '0')}m{c}\033[0m" for c in shown)
             lines.append(f"rank {rank.local_rank}".ljust(_LABEL) + shown)
-    used = {name for row in rows for name in row}
-    legend = [f"{name} {role}" for name, role in _ROLES.items() if name in used]
-    lines.append(", ".join([*legend, ". another rank"] if "." in used else legend))
+    lines.append(", ".join(f"{name} {role}" for name, role in _legend(rows)))
     for line in [*_threads(plan), *_memory(node, plan)]:
         lines += textwrap.wrap(line, _COLUMNS, subsequent_indent="  ")
     return "\n".join(lines)
@@ -75,7 +87,7 @@ def picture(node: Topology, plan: Plan, path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     squares = [
-        Rectangle((x, y), 0.92, 0.85, color=_PNG.get(name, "#e4e4e4"), linewidth=0)
+        Rectangle((x, y), 0.92, 0.85, color=_PNG[name], linewidth=0)
         for y, row in enumerate(rows)
         for x, name in enumerate(row)
     ]
@@ -87,9 +99,10 @@ def picture(node: Topology, plan: Plan, path: Path) -> None:
     axes.set_xticklabels([str(core.cpus[0]) for core in node.cores[::step]])
     axes.set_yticks([y + 0.42 for y in range(len(rows))])
     axes.set_yticklabels([f"rank {rank.local_rank}" for rank in plan.ranks])
-    axes.set_xlabel("first CPU of each core\n" + "\n".join(_memory(node, plan)))
+    below = ["first CPU of each core", *_threads(plan), *_memory(node, plan)]
+    axes.set_xlabel("\n".join(below))
     axes.set_title(node.cpu_model)
-    legend = [Patch(color=_PNG[name], label=role) for name, role in _ROLES.items()]
+    legend = [Patch(color=_PNG[name], label=role) for name, role in _legend(rows)]
     axes.legend(
         handles=legend, ncol=5, loc="lower center", bbox_to_anchor=(0.5, 1.15), frameon=False
     )
@@ -97,6 +110,11 @@ def picture(node: Topology, plan: Plan, path: Path) -> None:
         figure.savefig(path, format="png", dpi=120, bbox_inches="tight")
     except OSError as error:
         raise InputError(f"--png {path}: cannot be written: {error.strerror}") from None
+
+
+def _legend(rows: Sequence[str]) -> list[tuple[str, str]]:
+    """The letters that occur, and what they mean."""
+    return [(name, role) for name, role in _ROLES.items() if any(name in row for row in rows)]
 
 
 def _threads(plan: Plan) -> list[str]:
