@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Literal, Optional, get_args
+from typing import Literal, Optional
 
 import msgspec
 
@@ -19,7 +19,6 @@ Layout = Literal["contiguous", "channels_last", "ipex"]
 Dtype = Literal["fp32", "bf16"]
 # CCL_ALLREDUCE; "" leaves the choice to oneCCL.
 Allreduce = Literal["", "rabenseifner", "ring", "nreduce", "2d", "direct", "recursive_doubling"]
-LAYOUTS = get_args(Layout)
 
 IPEX = "intel-extension-for-pytorch"
 # File names, best first; a bare name is looked up in the folders of find_library.
@@ -60,9 +59,7 @@ def rule_choices(node: Topology, ranks: int, environment: Mapping[str, str]) -> 
     channels_last is worth 1.7 on torch 2, `ipex.optimize` 1.6 on torch 1.11; an allocator that
     keeps its pages another tenth at least. libiomp5 is Intel's own, made for KNL's many threads.
     """
-    iomp = node.uarch in ("knl", "knm", "skx", "icx", "spr", "emr") and bool(
-        find_library("libiomp5", environment)
-    )
+    iomp = node.is_intel and bool(find_library("libiomp5", environment))
     return Choices(
         ranks_per_node=ranks,
         openmp="libiomp5" if iomp else "libgomp",

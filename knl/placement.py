@@ -22,7 +22,6 @@ _LEAST_CORES_FOR_COMM = 8
 _MOST_WORKERS_BY_RULE = 2
 # One loader CPU for so many compute cores: a KNL core decodes 25 of a node's 80 pictures a second.
 _CORES_PER_LOADER = 8
-_INTEL = ("knl", "knm", "skx", "icx", "spr", "emr")
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ def place(
     if not 1 <= threads_per_core <= threads:
         raise InputError(f"threads a core = {threads_per_core}: must be 1 to {threads}")
     shares = _shares(parts, ranks)
-    kept = [_reserved(node, part, k, reserve_cores, len(parts)) for part, k in zip(parts, shares)]
+    kept = [_reserved(part, k, reserve_cores, len(parts)) for part, k in zip(parts, shares)]
     blocks: list[tuple[int, list[Core]]] = []
     for index, (part, share) in enumerate(zip(parts, shares)):
         blocks += [(index, block) for block in _split(part, share, kept[index])]
@@ -83,12 +82,9 @@ def place(
 
 def _domains(node: Topology, ranks: int) -> list[list[_Tile]]:
     """Tiles of allowed cores by NUMA node, or by socket where that is right: see _by_node."""
-    allowed = set(node.allowed_cpus)
     tiles: dict[tuple[int, int, int], list[Core]] = {}
-    for core in node.cores:
-        if cpus := tuple(cpu for cpu in core.cpus if cpu in allowed):
-            mine = Core(core.socket, core.tile, core.node, cpus)
-            tiles.setdefault((core.socket, core.node, core.tile), []).append(mine)
+    for core in node.allowed_cores:
+        tiles.setdefault((core.socket, core.node, core.tile), []).append(core)
     if not tiles:
         raise InputError("allowed CPUs: none of the node's CPUs may be used by this process")
     by_node = _by_node(node, ranks, {key[:2] for key in tiles})
@@ -101,7 +97,7 @@ def _domains(node: Topology, ranks: int) -> list[list[_Tile]]:
 def _by_node(node: Topology, ranks: int, nodes: set[tuple[int, int]]) -> bool:
     """A rank stays within a cluster of a KNL or a Xeon. The quarters of an EPYC are closer to each
     other, so there fewer ranks than quarters may take whole ones of a socket together."""
-    return node.uarch in _INTEL or ranks >= len(nodes)
+    return node.is_intel or ranks >= len(nodes)
 
 
 def _shares(parts: list[list[_Tile]], ranks: int) -> list[int]:
@@ -114,7 +110,7 @@ def _shares(parts: list[list[_Tile]], ranks: int) -> list[int]:
     return shares
 
 
-def _reserved(node: Topology, part: list[_Tile], ranks: int, wanted: int | None, parts: int) -> int:
+def _reserved(part: list[_Tile], ranks: int, wanted: int | None, parts: int) -> int:
     """Cores of a part to keep from compute: whole tiles, unless so many were asked for."""
     cores = sum(map(len, part))
     if ranks == 0:

@@ -172,8 +172,7 @@ def _idle(node: Topology, ranks: Sequence[RankPlan]) -> list[str]:
     if len(ranks) >= parts or len({core.node for core in node.cores}) == 1:
         return []
     used = {cpu for rank in ranks for cpu in rank.compute_cpus}
-    allowed = set(node.allowed_cpus)
-    idle = sum(not used & set(c.cpus) for c in node.cores if allowed & set(c.cpus))
+    idle = sum(not used & set(core.cpus) for core in node.allowed_cores)
     if idle < len(node.cores) // 4:
         return []
     return [

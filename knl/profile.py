@@ -242,8 +242,7 @@ def plan_of_rank(
         choices = msgspec.structs.replace(choices, comm_workers=0)
         plan = make_plan(node, choices, environment, "rule")
         return plan, 0, f"plan by rule within the CPUs that {world.launcher} gave each rank{unused}"
-    cores = sum(bool(set(core.cpus) & set(node.allowed_cpus)) for core in node.cores)
-    if cores < world.local_size:
+    if len(node.allowed_cores) < world.local_size:
         plan = crowded_plan(node, world.local_size, environment)
         return plan, world.local_rank, f"plan by rule{unused}"
     plan, where = plan_for(node, world.local_size, path, environment, recipe)

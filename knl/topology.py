@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from knl.cpulist import format_cpulist
@@ -92,6 +92,18 @@ class Topology:
     def is_knl(self) -> bool:
         """Knights Landing or Knights Mill."""
         return self.uarch in _KNL
+
+    @property
+    def is_intel(self) -> bool:
+        """Any of Intel's server processors that are known here."""
+        return self.uarch in _UARCH.values()
+
+    @property
+    def allowed_cores(self) -> tuple[Core, ...]:
+        """Cores of which the caller may use a hardware thread, with those threads alone."""
+        allowed = set(self.allowed_cpus)
+        cut = (replace(c, cpus=tuple(n for n in c.cpus if n in allowed)) for c in self.cores)
+        return tuple(core for core in cut if core.cpus)
 
     @property
     def threads_per_core(self) -> int:

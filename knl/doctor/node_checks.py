@@ -22,16 +22,15 @@ _SELF_CLOCKING = ("intel_pstate", "amd-pstate", "amd-pstate-epp", "amd_pstate")
 def check_cpuset(facts: Facts) -> Finding | None:
     """Cores that this process may not use. Ranks that share a node are bound to parts of it, and a
     plan leaves some cores free."""
-    allowed = set(facts.node.allowed_cpus)
-    usable = [core for core in facts.node.cores if allowed.intersection(core.cpus)]
-    if len(usable) == len(facts.node.cores) or facts.local_ranks > 1:
+    usable, cores = len(facts.node.allowed_cores), len(facts.node.cores)
+    if usable == cores or facts.local_ranks > 1:
         return None
     if "KNL_PLAN" in facts.environment:
         return None
     return Finding(
         "cpuset-small",
         "slow",
-        f"this process may use {len(usable)} of the node's {len(facts.node.cores)} cores",
+        f"this process may use {usable} of the node's {cores} cores",
         "ask for the whole node: sbatch --exclusive, srun -c <cores>; or lift taskset's mask",
     )
 
@@ -39,7 +38,7 @@ def check_cpuset(facts: Facts) -> Finding | None:
 def check_omp_threads(facts: Facts) -> Finding | None:
     """How many threads a rank computes with."""
     name, value = "omp-num-threads", facts.environment.get("OMP_NUM_THREADS")
-    cpus, cores = len(facts.node.allowed_cpus), _usable_cores(facts)
+    cpus, cores = len(facts.node.allowed_cpus), len(facts.node.allowed_cores)
     if value is None:
         message = f"OMP_NUM_THREADS is not set: {cpus} threads in every rank"
         cure = "none needed with knl train -n and knl run, which set it; elsewhere export it"
@@ -151,11 +150,6 @@ def check_shm(facts: Facts) -> Finding | None:
     message = f"{facts.shm.path} {has}, the ranks of a node want 48"
     cure = "remove what is left over in it; in a container: --shm-size=1g"
     return Finding("shm-small", "broken", message, cure)
-
-
-def _usable_cores(facts: Facts) -> int:
-    allowed = set(facts.node.allowed_cpus)
-    return sum(bool(allowed.intersection(core.cpus)) for core in facts.node.cores)
 
 
 def _fast_nodes(facts: Facts) -> list[MemoryNode]:

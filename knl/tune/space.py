@@ -25,7 +25,7 @@ def space(
 ) -> Space:
     """Field of Choices -> its values, in the order of what they are expected to bring. `images`: of
     a step on the node, which the ranks share evenly."""
-    cores = sum(bool(set(core.cpus) & set(node.allowed_cpus)) for core in node.cores)
+    cores = len(node.allowed_cores)
     ranks = {n for n in (1, 2, 4, domains(node)) if n <= cores and images % n == 0}
     has_iomp = bool(find_library("libiomp5", environment))
     found: Space = {
