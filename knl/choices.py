@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Literal, Optional
 
 import msgspec
 
+from knl.packages import IPEX, version_of
 from knl.topology import Topology
 
 Allocator = Literal["glibc", "glibc-heap", "tcmalloc", "jemalloc"]
@@ -20,7 +20,6 @@ Dtype = Literal["fp32", "bf16"]
 # CCL_ALLREDUCE; "" leaves the choice to oneCCL.
 Allreduce = Literal["", "rabenseifner", "ring", "nreduce", "2d", "direct", "recursive_doubling"]
 
-IPEX = "intel-extension-for-pytorch"
 # File names, best first; a bare name is looked up in the folders of find_library.
 _LIBRARIES = {
     "tcmalloc": ("libtcmalloc.so.4", "libtcmalloc_minimal.so.4", "libtcmalloc.so"),
@@ -80,12 +79,8 @@ def allocators(environment: Mapping[str, str]) -> list[Allocator]:
 
 
 def has_ipex() -> bool:
-    """Whether Intel's extension for PyTorch is installed; does not import it."""
-    try:
-        metadata.version(IPEX)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
+    """Whether Intel's extension for PyTorch is installed."""
+    return bool(version_of(IPEX))
 
 
 def find_library(name: str, environment: Mapping[str, str]) -> str:

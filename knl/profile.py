@@ -5,19 +5,19 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 from typing import Literal, Optional
 
 import msgspec
 
 from knl.bind import cpus_from_launcher
-from knl.choices import IPEX, Choices, rule_choices
+from knl.choices import Choices, rule_choices
 from knl.comm.world import World
 from knl.config import Recipe
 from knl.errors import InputError
+from knl.packages import IPEX, version_of
 from knl.plan import Plan, crowded_plan, make_plan, plan_by_rule
 from knl.topology import Topology
 
@@ -96,7 +96,7 @@ def fingerprint(node: Topology) -> Fingerprint:
         cluster_mode=node.cluster_mode,
         memory_mode=node.memory_mode,
         memory=tuple(m.kind for m in node.memory_nodes),
-        stack=dict(_versions(_PACKAGES)),
+        stack={name: version for name in _PACKAGES if (version := version_of(name))},
     )
 
 
@@ -184,8 +184,8 @@ def plan_for(
     the newest that fits, else the rule.
 
     `ranks`: on this node, None for as many as the profile or the rule says; `recipe`: what will be
-    trained, None for any other program. Raises InputError when
-    the profile is of another node or stack.
+    trained, None for any other program. Raises InputError when the profile is of another node or
+    stack.
     """
     path = path or newest_that_fits(node, environment)
     if path is None:
@@ -247,11 +247,3 @@ def plan_of_rank(
         return plan, world.local_rank, f"plan by rule{unused}"
     plan, where = plan_for(node, world.local_size, path, environment, recipe)
     return plan, world.local_rank, where
-
-
-def _versions(packages: Iterable[str]) -> Iterable[tuple[str, str]]:
-    for package in packages:
-        try:
-            yield package, metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue

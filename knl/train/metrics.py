@@ -9,13 +9,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from knl.comm.collectives import Ranks
 from knl.config import Recipe, to_toml
 from knl.errors import InputError
+from knl.packages import IPEX, version_of
 from knl.train.evaluate import Evaluation
 
 # What may be written of the environment: settings of the run, no secrets.
@@ -24,7 +24,7 @@ _VARIABLES = re.compile(
     r"|SLURM_(JOB_ID|JOB_NUM_NODES|JOB_PARTITION|NTASKS|JOB_NODELIST|RESTART_COUNT)"
 )
 _PACKAGES = (
-    "knl", "torch", "intel-extension-for-pytorch", "oneccl-cpu", "oneccl-devel", "oneccl-bind-pt",
+    "knl", "torch", IPEX, "oneccl-cpu", "oneccl-devel", "oneccl-bind-pt",
     "impi-rt", "mpi4py", "numpy",
 )  # fmt: skip
 
@@ -96,7 +96,7 @@ def default_run_dir(recipe_name: str) -> Path:
 
 def _environment(ranks: Ranks, hosts: list[str]) -> dict[str, Any]:
     """What a reader needs in order to run the same again."""
-    versions = {name: version for name in _PACKAGES if (version := _version(name))}
+    versions = {name: version for name in _PACKAGES if (version := version_of(name))}
     variables = {k: v for k, v in sorted(os.environ.items()) if _VARIABLES.fullmatch(k)}
     return {
         "python": platform.python_version(),
@@ -108,10 +108,3 @@ def _environment(ranks: Ranks, hosts: list[str]) -> dict[str, Any]:
         "providers_passed_over": list(ranks.passed_over),
         "variables": variables,
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

@@ -5,15 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import datetime, timezone
 from statistics import median
 from typing import Literal
 
 from knl.choices import Choices
 from knl.errors import FailedError, KnlError
 from knl.placement import domains
-from knl.plan import make_plan, plan_by_rule
-from knl.profile import SCHEMA, Gain, Profile, Trial, fingerprint, pixels_of
+from knl.plan import plan_by_rule
+from knl.profile import Profile, Trial
 from knl.tune.compare import gain_of
 from knl.tune.display import Display
 from knl.tune.history import History
@@ -193,9 +192,8 @@ def search(
     choices = best.choices
     if again and median(again["rule"]) < median(again["best"]):
         choices, again["best"] = state.rule, again["rule"]  # it was lucky when it was found
-    return _profile(
-        bench, history, choices, gain_of(bench.images, again) if again else None
-    ), finished
+    gain = gain_of(bench.images, again) if again else None
+    return bench.profile(choices, gain, history.trials), finished
 
 
 def sized(bench: Bench, budget_s: float, display: Display) -> Bench:
@@ -230,18 +228,3 @@ def sized(bench: Bench, budget_s: float, display: Display) -> Bench:
 def _ranks_by_rule(bench: Bench) -> int:
     ranks = domains(bench.node)
     return ranks if bench.images % ranks == 0 else 1
-
-
-def _profile(bench: Bench, history: History, choices: Choices, gain: Gain | None) -> Profile:
-    return Profile(
-        schema=SCHEMA,
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        recipe=bench.recipe.name,
-        model=bench.recipe.model.name,
-        pixels=pixels_of(bench.recipe),
-        images=bench.images,
-        fingerprint=fingerprint(bench.node),
-        plan=make_plan(bench.node, choices, bench.environment, "profile"),
-        gain=gain,
-        trials=tuple(history.trials),
-    )

@@ -12,8 +12,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, Literal
 
@@ -24,7 +25,7 @@ from knl.choices import Choices
 from knl.config import Data, Recipe, to_toml
 from knl.launch import ranks_command
 from knl.plan import make_plan
-from knl.profile import SCHEMA, Profile, fingerprint, pixels_of, save_profile
+from knl.profile import SCHEMA, Gain, Profile, Trial, fingerprint, pixels_of, save_profile
 from knl.topology import Topology
 
 _MODULE = "knl.tune.steps"
@@ -83,6 +84,23 @@ class Bench:
                     _end(process, name)
             return _explained(measured, folder / "stderr")
 
+    def profile(
+        self, choices: Choices, gain: Gain | None = None, trials: Sequence[Trial] = ()
+    ) -> Profile:
+        """These choices as a profile, of now."""
+        return Profile(
+            schema=SCHEMA,
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            recipe=self.recipe.name,
+            model=self.recipe.model.name,
+            pixels=pixels_of(self.recipe),
+            images=self.images,
+            fingerprint=fingerprint(self.node),
+            plan=make_plan(self.node, choices, self.environment, "profile"),
+            gain=gain,
+            trials=tuple(trials),
+        )
+
     def _command(self, choices: Choices | None, folder: Path) -> tuple[list[str], dict[str, str]]:
         ranks = 1 if choices is None else choices.ranks_per_node
         recipe = folder / "recipe.toml"
@@ -90,17 +108,7 @@ class Bench:
         child = ["-m", _MODULE, str(recipe), str(self.steps)]
         if choices is None:
             return [sys.executable, *child], dict(self.environment)
-        profile = Profile(
-            schema=SCHEMA,
-            created="",
-            recipe=self.recipe.name,
-            model=self.recipe.model.name,
-            pixels=pixels_of(self.recipe),
-            images=self.images,
-            fingerprint=fingerprint(self.node),
-            plan=make_plan(self.node, choices, self.environment, "profile"),
-        )
-        save_profile(profile, folder / "profile.json")
+        save_profile(self.profile(choices), folder / "profile.json")
         run = ["-m", "knl", "run", "--profile", str(folder / "profile.json")]
         run += ["--", sys.executable, *child]
         if ranks == 1:

@@ -1,0 +1,15 @@
+"""Versions of installed packages, without importing them."""
+
+from __future__ import annotations
+
+from importlib import metadata
+
+IPEX = "intel-extension-for-pytorch"
+
+
+def version_of(package: str) -> str:
+    """The installed version; "" where it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
