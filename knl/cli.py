@@ -147,11 +147,12 @@ class _Request:
 
 def _ranks_of_profile(request: _Request) -> int:
     """As many as were measured to be best, as far as there are lanes for them; 1 without one."""
+    from knl.bind import PLAN
     from knl.config import load_recipe
     from knl.profile import load_profile, newest_that_fits
     from knl.sysfs import read_topology
 
-    if "KNL_PLAN" in os.environ or request.profile == "none":
+    if PLAN in os.environ or request.profile == "none":
         return 1
     path = request.profile_path or newest_that_fits(read_topology(), os.environ)
     if path is None:

@@ -218,10 +218,10 @@ def doctor(fsroot: Path = _FSROOT, as_json: bool = _JSON) -> None:
 
 def refuse_under_plan(what: str) -> None:
     """Raise InputError in a shell that knl run started: its CPUs and settings are one rank's."""
-    if plan := os.environ.get("KNL_PLAN"):
-        raise InputError(
-            f"{what}: this shell is under a plan (KNL_PLAN={plan}); leave knl run first"
-        )
+    from knl.bind import PLAN
+
+    if plan := os.environ.get(PLAN):
+        raise InputError(f"{what}: this shell is under a plan ({PLAN}={plan}); leave knl run first")
 
 
 def _read(fsroot: Path, xml: Path | None) -> Topology:

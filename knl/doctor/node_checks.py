@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from knl.bind import PLAN
 from knl.doctor.facts import Facts
 from knl.doctor.finding import Finding
 from knl.topology import MemoryNode
@@ -25,7 +26,7 @@ def check_cpuset(facts: Facts) -> Finding | None:
     usable, cores = len(facts.node.allowed_cores), len(facts.node.cores)
     if usable == cores or facts.local_ranks > 1:
         return None
-    if "KNL_PLAN" in facts.environment:
+    if PLAN in facts.environment:
         return None
     return Finding(
         "cpuset-small",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import platform
 import time
@@ -22,7 +21,7 @@ from knl.data.dataset import open_dataset
 from knl.errors import InputError
 from knl.train.metrics import RunDirectory, default_run_dir
 from knl.train.progress import Display, open_console
-from knl.train.trainer import Outcome, Trainer, train
+from knl.train.trainer import Outcome, Trainer, set_interop_threads, train
 
 
 def run_job(
@@ -38,9 +37,7 @@ def run_job(
     Raises KnlError; one marked `shared` is raised by every rank.
     """
     began = time.perf_counter()
-    if "KNL_INTEROP_THREADS" in os.environ:
-        with contextlib.suppress(RuntimeError):  # a second job in one process finds it settled
-            torch.set_num_interop_threads(int(os.environ["KNL_INTEROP_THREADS"]))
+    set_interop_threads()
     recipe = together(bootstrap, lambda: _load(name, overrides, world.size))
     ranks = open_ranks(world, bootstrap, provider, recipe.comm.timeout_s)
     try:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import time
 from dataclasses import dataclass
 from statistics import median
@@ -28,6 +30,13 @@ from knl.train.metrics import RunDirectory, StepMetrics
 from knl.train.progress import Display
 
 _MB = 1024 * 1024
+
+
+def set_interop_threads() -> None:
+    """As the node's plan has it; torch has no variable of its own for it."""
+    if "KNL_INTEROP_THREADS" in os.environ:
+        with contextlib.suppress(RuntimeError):  # a second job in one process finds it settled
+            torch.set_num_interop_threads(int(os.environ["KNL_INTEROP_THREADS"]))
 
 
 @dataclass(frozen=True)

@@ -40,16 +40,13 @@ def main(recipe_file: str, steps: int) -> None:
 
 
 def _train(recipe_file: str, steps: int, tell: Callable[..., None]) -> None:
-    import torch
-
     from knl.comm.bootstrap import open_bootstrap
     from knl.comm.collectives import open_ranks
     from knl.config import load_recipe
     from knl.data.dataset import open_dataset
-    from knl.train.trainer import Trainer
+    from knl.train.trainer import Trainer, set_interop_threads
 
-    if "KNL_INTEROP_THREADS" in os.environ:
-        torch.set_num_interop_threads(int(os.environ["KNL_INTEROP_THREADS"]))
+    set_interop_threads()
     world = world_from(os.environ)
     recipe = load_recipe(recipe_file)
     bootstrap = open_bootstrap(world)
