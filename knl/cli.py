@@ -14,7 +14,7 @@ import typer
 
 from knl import __version__, cli_node
 from knl.comm.world import SINGLE, Provider, World, world_from
-from knl.errors import FailedError, InputError, KnlError
+from knl.errors import FailedError, InputError, KnlError, say
 
 STDERR = 2
 
@@ -242,7 +242,7 @@ def _fail(message: str, code: int, *, shared: bool) -> NoReturn:
         world = replace(SINGLE, rank=int(os.environ.get("SLURM_PROCID", 0)))
     if world.rank == 0 or not shared:
         who = f"rank {world.rank}: " if world.size > 1 and not shared else ""
-        print(f"knl: {who}{message}", file=sys.stderr, flush=True)
+        say(f"{who}{message}")
     mpi = sys.modules.get("mpi4py.MPI")
     if mpi is not None and world.size > 1 and not shared:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the line above says more than MPI's own

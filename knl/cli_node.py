@@ -6,13 +6,14 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Optional
 
 import typer
 
 from knl.comm.world import world_from
-from knl.errors import InputError
+from knl.errors import InputError, say
 
 if TYPE_CHECKING:
     from knl.topology import Topology
@@ -62,7 +63,7 @@ def plan(
         print(json.dumps(found.to_json()))
         return
     print(describe(found))
-    _warn(found.warnings)
+    _say_all(found.warnings)
 
 
 def show(
@@ -86,7 +87,7 @@ def show(
     print(text(node, found, color=sys.stdout.isatty()))
     if png is not None:
         picture(node, found, png)
-    _warn(found.warnings)
+    _say_all(found.warnings)
 
 
 def env(
@@ -105,7 +106,7 @@ def env(
     print(f"# {where}")
     for name, setting in found.env.items():
         print(f"export {name}={shlex.quote(setting.value)}  # {setting.source}: {setting.reason}")
-    _warn(found.warnings)
+    _say_all(found.warnings)
 
 
 def run(
@@ -139,7 +140,7 @@ def run(
     environment = dict(os.environ)
     if world.launcher == "single":
         found, where = plan_for(node, ranks, profile, environment)
-        _say(where, found.warnings)
+        _say_all([where, *found.warnings])
         raise typer.Exit(start(found, command, environment, where, verify, prefix))
     if ranks is not None:
         raise InputError(
@@ -158,7 +159,7 @@ def run(
         environment.update(mpi_environment(environment))
     found, number, where = plan_of_rank(node, world, profile, environment)
     if world.rank == 0:
-        _say(where, found.warnings)
+        _say_all([where, *found.warnings])
     become(found, number, command, environment, where, verify)
 
 
@@ -236,14 +237,9 @@ def _read(fsroot: Path, xml: Path | None) -> Topology:
     return read_lstopo(xml)
 
 
-def _say(where: str, warnings: tuple[str, ...]) -> None:
-    print(f"knl: {where}", file=sys.stderr, flush=True)
-    _warn(warnings)
-
-
-def _warn(warnings: tuple[str, ...]) -> None:
-    for warning in warnings:
-        print(f"knl: {warning}", file=sys.stderr, flush=True)
+def _say_all(lines: Iterable[str]) -> None:
+    for line in lines:
+        say(line)
 
 
 COMMANDS = (topology, doctor, plan, tune, show, env, run)

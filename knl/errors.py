@@ -1,6 +1,13 @@
-"""What can go wrong, and the exit code that tells it to a shell."""
+"""What can go wrong, the exit code that tells it to a shell, the line that tells it to a user."""
 
 from __future__ import annotations
+
+import sys
+
+
+def say(text: str) -> None:
+    """A line for the user beside the result: on stderr, and known as knl's."""
+    print(f"knl: {text}", file=sys.stderr, flush=True)
 
 
 class KnlError(Exception):

@@ -15,6 +15,12 @@ from knl.errors import InputError
 
 # Set in a process that was started again with the libraries' environment.
 _READY = "KNL_ENVIRONMENT_READY"
+# Intel MPI, Open MPI 4 and 5: each would bind ranks before these bind themselves.
+_UNPINNED = {
+    "I_MPI_PIN": "0",
+    "OMPI_MCA_hwloc_base_binding_policy": "none",
+    "PRTE_MCA_hwloc_default_binding_policy": "none",
+}
 
 
 @dataclass(frozen=True)
@@ -88,12 +94,10 @@ def launch(ranks: int, arguments: Sequence[str], columns: int | None, *, planned
     bind themselves by a plan. Signals that end a job reach the ranks. Raises InputError when there
     is no MPI.
     """
-    command, environment = ranks_command(ranks, ["-m", "knl", *arguments], os.environ)
+    command, environment = ranks_command(ranks, ["-m", "knl", *arguments], os.environ, planned)
     if not planned:
         threads = max(1, len(os.sched_getaffinity(0)) // ranks)
         environment.setdefault("OMP_NUM_THREADS", str(threads))
-        if "I_MPI_PIN" not in os.environ:
-            del environment["I_MPI_PIN"]
     if columns:
         environment["KNL_TERMINAL_COLUMNS"] = str(columns)
     try:
@@ -104,21 +108,20 @@ def launch(ranks: int, arguments: Sequence[str], columns: int | None, *, planned
 
 
 def ranks_command(
-    ranks: int, arguments: Sequence[str], environment: Mapping[str, str]
+    ranks: int, arguments: Sequence[str], environment: Mapping[str, str], planned: bool
 ) -> tuple[list[str], dict[str, str]]:
     """The command that starts Python with `arguments` as so many MPI ranks on this host, and its
-    environment, in which they bind themselves. Raises InputError when there is no MPI."""
+    environment. `planned`: they bind themselves, and MPI is not to. Raises InputError when there is
+    no MPI."""
     mpi = find_mpi(environment)
     wanted = {**environment, **mpi_environment(environment), _READY: "1"}
     for name in [name for name in wanted if name.startswith("PMI")]:
         del wanted[name]  # an outer srun's: its PMI can be used once only, and not by ranks
-    wanted.setdefault("I_MPI_PIN", "0")
     if mpi.kind == "intel":
         wanted.setdefault("I_MPI_FABRICS", "shm")  # one host needs no network
         wanted.setdefault("I_MPI_HYDRA_BOOTSTRAP", "fork")
-    # Open MPI 4 and 5; it would bind two ranks to a core each.
-    wanted.setdefault("OMPI_MCA_hwloc_base_binding_policy", "none")
-    wanted.setdefault("PRTE_MCA_hwloc_default_binding_policy", "none")
+    if planned:
+        wanted = {**_UNPINNED, **wanted}
     # In a Slurm job Intel's mpiexec would start the ranks on the job's nodes.
     here = ["-hosts", "localhost"] if mpi.kind == "intel" else []
     return [str(mpi.mpiexec), *here, "-n", str(ranks), sys.executable, *arguments], wanted
@@ -137,7 +140,12 @@ def _wait(process: subprocess.Popen[bytes]) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    return status if status >= 0 else 128 - status
+    return shell_status(status)
+
+
+def shell_status(returncode: int) -> int:
+    """The exit status that a shell would tell: 128 + n for a process ended by signal n."""
+    return returncode if returncode >= 0 else 128 - returncode
 
 
 def _library_folders(root: Path) -> list[Path]:

@@ -17,7 +17,8 @@ from typing import IO, NoReturn
 import psutil
 
 from knl.bind import bind, bound, rank_environment
-from knl.errors import InputError
+from knl.errors import InputError, say
+from knl.launch import shell_status
 from knl.plan import Plan
 from knl.proof import Proof, prove, watch
 
@@ -41,7 +42,7 @@ def become(
     rank = plan.ranks[number]
     program = _find(command[0])
     if refused := bind(rank):
-        _say(f"rank {number}: {refused}")
+        say(f"rank {number}: {refused}")
     if verify:
         _start_watcher(plan, number)
     for ignored in (signal.SIGPIPE, signal.SIGXFSZ):  # by Python, and exec would hand that on
@@ -92,7 +93,7 @@ def start(
                     raise _cannot_start(program, error) from None
                 ranks.append(process)
             if refused:
-                _say(f"rank {number}: {refused}")
+                say(f"rank {number}: {refused}")
         copiers = _copy_with_prefix(ranks) if prefix else []
         proven = _prove(plan, ranks) if verify else True
         worst = _wait(ranks)
@@ -109,9 +110,9 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
         for number, rank in list(running.items()):
             returned = rank.poll()
             if returned is not None:
-                status = returned if returned >= 0 else 128 - returned
+                status = shell_status(returned)
                 if status != 0 and len(ranks) > 1:
-                    _say(f"rank {number} ended with status {status}")
+                    say(f"rank {number} ended with status {status}")
                 worst = max(worst, status)
                 del running[number]
         time.sleep(_POLL_S)
@@ -148,7 +149,7 @@ def _start_watcher(plan: Plan, number: int) -> None:
         if proof.errors and _runs(rank):
             rank.terminate()
     except Exception as error:
-        _say(f"rank {number} is not proven: {type(error).__name__}: {error}")
+        say(f"rank {number} is not proven: {type(error).__name__}: {error}")
     finally:
         os._exit(0)
 
@@ -230,7 +231,3 @@ def _free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
-
-
-def _say(text: str) -> None:
-    print(f"knl: {text}", file=sys.stderr, flush=True)

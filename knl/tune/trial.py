@@ -113,7 +113,7 @@ class Bench:
         run += ["--", sys.executable, *child]
         if ranks == 1:
             return [sys.executable, *run], dict(self.environment)
-        return ranks_command(ranks, run, self.environment)
+        return ranks_command(ranks, run, self.environment, planned=True)
 
 
 @contextlib.contextmanager
