@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 # What the installed environment depends on; Python files are used from where they are.
-SOURCES = ["pyproject.toml", "CMakeLists.txt", "knl/native/lars.cpp", "knl/native/ccl.cpp"]
+SOURCES = ["pyproject.toml", "CMakeLists.txt", "knl/native/*.cpp", "knl/native/*.h"]
 # The versions of Python that the stack's torch has wheels for.
 PYTHONS = {"knl": ((3, 9), (3, 9)), "modern": ((3, 10), (3, 14))}
 # Free space that an install needs, in GB: the environment and pip's temporary files.
@@ -127,8 +127,9 @@ def debian_has(package: str) -> bool:
 def fingerprint() -> str:
     """Changes when the environment has to be installed again."""
     digest = hashlib.sha256(sys.version.encode() + str(ROOT).encode())
-    for name in SOURCES:
-        digest.update((ROOT / name).read_bytes())
+    for pattern in SOURCES:
+        for path in sorted(ROOT.glob(pattern)):
+            digest.update(path.read_bytes())
     return digest.hexdigest()
 
 

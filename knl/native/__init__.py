@@ -1,4 +1,4 @@
-"""Loads the compiled parts: the LARS kernel and the binding to oneCCL, both behind a C ABI."""
+"""Loads the compiled parts: the kernels and the binding to oneCCL, both behind a C ABI."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ def openmp_runtimes() -> list[str]:
 
 
 @cache
-def load_lars() -> ctypes.CDLL:
-    """The LARS kernel, tied to the OpenMP runtime that torch uses.
+def load_kernels() -> ctypes.CDLL:
+    """The kernels, tied to the OpenMP runtime that torch uses.
 
     Raises FailedError when the package was installed without its compiled part.
     """
     import torch  # brings the OpenMP runtime
 
-    # The kernel names no runtime of its own: it takes the symbols of torch's, or of a preloaded
+    # They name no runtime of their own: they take the symbols of torch's, or of a preloaded
     # libiomp5, which come first wherever symbols are looked up.
     home = str(Path(torch.__file__).parent)
     for path in openmp_runtimes():
         if path.startswith(home):
             ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
-    return ctypes.CDLL(str(compiled("libknl_lars.so")))
+    return ctypes.CDLL(str(compiled("libknl_kernels.so")))
 
 
 def load_ccl(libccl: Path) -> ctypes.CDLL:

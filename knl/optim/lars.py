@@ -75,7 +75,7 @@ class Lars:
         self._decays = np.where(self.skipped, 0.0, weight_decay).astype(np.float32)
         self._sizes = np.array([p.numel() for p in self.parameters], dtype=np.int64)
         self._momenta = _addresses(self.momentum_buffers)
-        self._step = native.load_lars().knl_lars_step
+        self._step = native.load_kernels().knl_lars_step
         self._step.argtypes = [
             ctypes.c_int, ctypes.c_int, *[ctypes.c_void_p] * 6, *[ctypes.c_double] * 5,
             ctypes.c_void_p,

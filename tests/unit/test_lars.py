@@ -245,5 +245,5 @@ def test_the_kernel_runs_on_torchs_threads_though_another_runtime_came_first(tmp
     loader = {"LD_DEBUG": "bindings", "LD_DEBUG_OUTPUT": str(tmp_path / "log")}
     in_a_fresh_process("import sklearn.datasets" + STEP, **loader)
     lines = "".join(path.read_text() for path in tmp_path.iterdir())
-    bound = re.findall(r"libknl_lars\.so \[\d+\] to (\S+) .*`GOMP_parallel'", lines)
+    bound = re.findall(r"libknl_kernels\.so \[\d+\] to (\S+) .*`GOMP_parallel'", lines)
     assert bound and all(Path(path).parent.parent.name == "torch" for path in bound)

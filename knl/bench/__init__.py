@@ -1,0 +1,1 @@
+"""`knl bench`: each part measured beside its peers, in turn, in one run."""
