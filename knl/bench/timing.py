@@ -10,7 +10,7 @@ from statistics import median
 def in_turn(
     rivals: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2
 ) -> dict[str, list[float]]:
-    """Seconds of each call: A B C, A B C, ... for so many rounds after `warmup` that do not count."""
+    """Seconds of each call: A B C, A B C, ... for so many rounds after `warmup` uncounted ones."""
     seconds: dict[str, list[float]] = {name: [] for name in rivals}
     for number in range(warmup + rounds):
         for name, action in rivals.items():

@@ -43,7 +43,7 @@ class StepReport:
 
 
 class Lars:
-    """Updates float32 parameters in place, all tensors in one native call.
+    """Updates float32 parameters in place, many tensors in one native call.
 
     `named`: dense parameters. `skip`: "bias" leaves out every tensor of that name, "norm" every
     other of one dimension (the gains of normalisation layers), any other word the tensors with it
@@ -71,45 +71,85 @@ class Lars:
         self.skipped = np.array([_skipped(name, p, skip) for name, p in named], dtype=bool)
         self.trust = np.ones(len(named))
         self._max_trust = NUS_MAX_TRUST if form == "nus" else float("inf")
-        self._adapts = (~self.skipped).astype(np.uint8)
         self._decays = np.where(self.skipped, 0.0, weight_decay).astype(np.float32)
+        kernels = native.load_kernels()
+        kernels.knl_lars_pieces.argtypes = [ctypes.c_int64]
+        # The kernel leaves the squares of the weights here. They are good for as long as a tensor
+        # is where it was and torch has counted no other change to it.
+        pieces = [kernels.knl_lars_pieces(p.numel()) for p in self.parameters]
+        self._squares = np.empty(sum(pieces))
+        firsts = np.cumsum([0, *pieces[:-1]], dtype=np.uint64)
+        self._squares_at = self._squares.ctypes.data + firsts * np.uint64(self._squares.itemsize)
         self._sizes = np.array([p.numel() for p in self.parameters], dtype=np.int64)
-        self._momenta = _addresses(self.momentum_buffers)
-        self._step = native.load_kernels().knl_lars_step
-        self._step.argtypes = [
-            ctypes.c_int, ctypes.c_int, *[ctypes.c_void_p] * 6, *[ctypes.c_double] * 5,
+        self._momenta_at = _addresses(self.momentum_buffers)
+        self._seen: list[tuple[int, int] | None] = [None] * len(self.parameters)
+        self._update = kernels.knl_lars_update
+        self._update.argtypes = [
+            ctypes.c_int, ctypes.c_int, *[ctypes.c_void_p] * 9, *[ctypes.c_double] * 5,
             ctypes.c_void_p,
         ]  # fmt: skip
 
     def step(self, lr: float, grad_scale: float) -> StepReport:
-        """One update with learning rate `lr`; gradients count `grad_scale` times themselves.
+        """One update of all parameters from their `grad`; see `update`."""
+        numbers = range(len(self.parameters))
+        self.update(numbers, [self.parameters[n].grad for n in numbers], lr, grad_scale)
+        return self.report()
 
-        Raises NonFiniteError naming the layer, before any weight is changed, when a gradient or
-        weight is infinite or not a number.
+    def update(
+        self,
+        numbers: Sequence[int],
+        gradients: Sequence[torch.Tensor | None],
+        lr: float,
+        grad_scale: float,
+    ) -> None:
+        """Update the parameters of these `numbers` with learning rate `lr`.
+
+        `gradients`: float32 or bfloat16, in the shapes of the parameters, None where backward did
+        not come; they count `grad_scale` times themselves. Raises NonFiniteError naming the layer
+        whose gradient or weight is infinite or not a number: its weights are as they were, but
+        layers before it in the call may have moved, so training goes on from a checkpoint.
         """
-        gradients = [self._gradient(number) for number in range(len(self.parameters))]
-        weights, sources = _addresses(self.parameters), _addresses(gradients)
-        broken = self._step(
-            self.form, len(self.parameters), weights.ctypes.data, sources.ctypes.data,
-            self._momenta.ctypes.data, self._sizes.ctypes.data, self._decays.ctypes.data,
-            self._adapts.ctypes.data, lr, self.momentum, self.eta, self._max_trust, grad_scale,
-            self.trust.ctypes.data,
+        parameters = [self.parameters[n] for n in numbers]
+        sources = [_like(p, gradient) for p, gradient in zip(parameters, gradients)]
+        which = np.asarray(numbers)
+        now = [(p.data_ptr(), p._version) for p in parameters]
+        trust = np.ones(len(parameters))
+        arrays = (
+            np.array([address for address, _ in now], dtype=np.uint64),
+            _addresses(sources),
+            self._momenta_at[which],
+            self._squares_at[which],
+            self._sizes[which],
+            self._decays[which],
+            (~self.skipped[which]).astype(np.uint8),
+            np.array([source.dtype == torch.bfloat16 for source in sources], dtype=np.uint8),
+            np.array([self._seen[n] == seen for n, seen in zip(numbers, now)], dtype=np.uint8),
+        )
+        broken = self._update(
+            self.form, len(parameters), *(array.ctypes.data for array in arrays),
+            lr, self.momentum, self.eta, self._max_trust, grad_scale, trust.ctypes.data,
         )  # fmt: skip
+        for n, seen in zip(numbers, now):
+            self._seen[n] = seen if broken < 0 else None
         if broken >= 0:
-            raise NonFiniteError(self.names[broken])
+            raise NonFiniteError(self.names[numbers[broken]])
+        self.trust[which] = trust
+
+    def report(self) -> StepReport:
+        """Of the last update of each parameter."""
         adapted = self.trust[~self.skipped]
         if not adapted.size:
             return StepReport(1.0, 1.0)
         return StepReport(float(adapted.min()), float(adapted.max()))
 
-    def _gradient(self, number: int) -> torch.Tensor:
-        parameter = self.parameters[number]
-        gradient = parameter.grad
-        if gradient is None:  # backward did not come here
-            return torch.zeros_like(parameter)
-        if gradient.stride() != parameter.stride():
-            return torch.empty_like(parameter).copy_(gradient)
-        return gradient
+
+def _like(parameter: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor:
+    """The gradient in the parameter's memory order."""
+    if gradient is None:
+        return torch.zeros_like(parameter)
+    if gradient.stride() != parameter.stride():
+        return torch.empty_like(parameter, dtype=gradient.dtype).copy_(gradient)
+    return gradient
 
 
 def _skipped(name: str, parameter: torch.Tensor, skip: Sequence[str]) -> bool:

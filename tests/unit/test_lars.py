@@ -207,6 +207,90 @@ def test_a_number_that_is_not_finite_is_named_and_changes_nothing(where, at, val
         np.testing.assert_array_equal(old.numpy(), new.numpy())  # nan equals nan here
 
 
+LARGE = {"first.weight": (700, 900), "second.weight": (900, 800), "third.bias": (5,)}
+
+
+def steps_of(named, lars, steps, group=None):
+    """Steps in groups of so many tensors; all of them in one call without."""
+    numbers = list(range(len(named)))
+    size = group or len(numbers)
+    for step in steps:
+        set_gradients(named, gradients(named, step))
+        for first in range(0, len(numbers), size):
+            some = numbers[first : first + size]
+            lars.update(some, [named[n][1].grad for n in some], 0.3, 1.0)
+
+
+def test_norms_kept_from_the_last_update_are_those_of_the_weights_to_the_bit():
+    whole, halved = start(LARGE), start(LARGE)
+    lars = optimiser(whole, "paper")
+    steps_of(whole, lars, range(4))
+    before, after = optimiser(halved, "paper"), optimiser(halved, "paper")
+    steps_of(halved, before, range(2))
+    for old, new in zip(before.momentum_buffers, after.momentum_buffers):
+        new.copy_(old)  # as from a checkpoint
+    steps_of(halved, after, range(2, 4))
+    for (name, a), (_, b) in zip(whole, halved):
+        assert torch.equal(a, b), name
+    np.testing.assert_array_equal(lars.trust, after.trust)
+
+
+def test_weights_changed_by_others_get_new_norms():
+    named = start(LARGE)
+    lars = optimiser(named, "torch", skip=())
+    steps_of(named, lars, [0])
+    with torch.no_grad():
+        named[0][1].mul_(10.0)
+    named[1][1].data = named[1][1].detach() * 10.0
+    before = lars.trust.copy()
+    steps_of(named, lars, [0])
+    assert lars.trust[:2] / before[:2] == pytest.approx([10.0, 10.0], rel=0.01)
+
+
+@pytest.mark.parametrize("group", [1, 2])
+def test_groups_of_tensors_move_as_all_together(group):
+    results = []
+    for size in (None, group):
+        named = start({**SHAPES, **LARGE})
+        lars = optimiser(named, "paper")
+        steps_of(named, lars, range(3), size)
+        report = lars.report()
+        results.append([*(p.detach() for _, p in named), torch.from_numpy(lars.trust)])
+        assert (report.trust_min, report.trust_max) == (
+            lars.trust[~lars.skipped].min(),
+            lars.trust[~lars.skipped].max(),
+        )
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+def test_bfloat16_gradients_count_as_their_own_values():
+    results = []
+    for dtype in (torch.bfloat16, torch.float32):
+        named = start({**SHAPES, **LARGE})
+        lars = optimiser(named, "paper")
+        rounded = [
+            torch.empty_like(p, dtype=torch.bfloat16).copy_(torch.from_numpy(g))
+            for (_, p), g in zip(named, gradients(named, 0))
+        ]
+        lars.update(range(len(named)), [g.to(dtype) for g in rounded], 0.3, 1.0)
+        results.append([p.detach() for _, p in named])
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+def test_a_large_layer_that_is_not_finite_stays_as_it_was():
+    named = start(LARGE)
+    lars = optimiser(named, "paper")
+    set_gradients(named, gradients(named, 0))
+    named[1][1].grad[899, 799] = float("nan")
+    before = named[1][1].detach().clone()
+    with pytest.raises(NonFiniteError, match=re.escape("second.weight")):
+        lars.step(0.1, 1.0)
+    assert torch.equal(before, named[1][1])
+    named[1][1].grad[899, 799] = 0.0
+    lars.step(0.1, 1.0)  # and norms are made anew
+    assert not torch.equal(before, named[1][1])
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_the_number_of_threads_does_not_change_a_bit(form):
     results = []
