@@ -35,8 +35,9 @@ class Collectives(Protocol):
     name: str
     version: str
 
-    def allreduce(self, tensor: torch.Tensor) -> Handle:
-        """Start summing `tensor` over the ranks, in place. Every rank calls in the same order."""
+    def allreduce(self, tensor: torch.Tensor, priority: int = 0) -> Handle:
+        """Start summing `tensor` over the ranks, in place. Every rank calls in the same order.
+        `priority`: a higher one may go first, where the provider knows such a thing."""
 
     def broadcast(self, tensor: torch.Tensor, root: int) -> None:
         """Overwrite `tensor` with rank `root`'s."""
@@ -72,7 +73,7 @@ class Alone:
     name = "single"
     version = ""
 
-    def allreduce(self, tensor: torch.Tensor) -> Handle:
+    def allreduce(self, tensor: torch.Tensor, priority: int = 0) -> Handle:
         return self
 
     def test(self) -> bool:
@@ -91,12 +92,17 @@ class Alone:
         return
 
 
-def open_ranks(world: World, bootstrap: Bootstrap, provider: str, timeout: float) -> Ranks:
+def open_ranks(
+    world: World, bootstrap: Bootstrap, provider: str, timeout: float, *, shared: bool = True
+) -> Ranks:
     """Open `provider`, or with "auto" the first of PROVIDERS that works on every rank.
 
-    `timeout`: seconds after which gloo and torch_ccl give a collective up.
+    `timeout`: seconds after which gloo and torch_ccl give a collective up; `shared`: whether ranks
+    of a node sum in memory that they share (knl.comm.node), where they can.
     Raises FailedError when the provider asked for, or every provider, is unavailable.
     """
+    from knl.comm.node import share_node
+
     if world.size == 1:
         return Ranks(world, Alone())
     reasons: list[str] = []
@@ -106,6 +112,11 @@ def open_ranks(world: World, bootstrap: Bootstrap, provider: str, timeout: float
         except ProviderUnavailable as reason:
             reasons.append(f"{name}: {reason}")
         else:
+            if not shared:
+                return Ranks(world, collectives, tuple(reasons))
+            collectives, why_not = share_node(world, bootstrap, collectives)
+            if why_not:
+                reasons.append(f"in shared memory within the node: {why_not}")
             return Ranks(world, collectives, tuple(reasons))
     raise FailedError(f"no provider works; {'; '.join(reasons)}", shared=True)
 
@@ -147,6 +158,16 @@ def allreduce_numbers(
     collectives: Collectives, numbers: Sequence[float], timeout: float
 ) -> list[float]:
     """The sums over ranks of a few numbers, in double precision."""
+    return start_sum(collectives, numbers)(timeout)
+
+
+def start_sum(collectives: Collectives, numbers: Sequence[float]) -> Callable[[float], list[float]]:
+    """The same under way: what is returned waits, at most so many seconds, for the sums."""
     tensor = torch.tensor(list(numbers), dtype=torch.float64)
-    collectives.allreduce(tensor).wait(timeout)
-    return tensor.tolist()  # type: ignore[no-any-return]
+    handle = collectives.allreduce(tensor)
+
+    def wait(timeout: float) -> list[float]:
+        handle.wait(timeout)
+        return tensor.tolist()  # type: ignore[no-any-return]
+
+    return wait

@@ -2,13 +2,14 @@
 
 Gradients live in a few flat buckets, in the order in which backward produces them; `p.grad` is a
 view of its bucket, so nothing is copied. A bucket's allreduce starts when its last gradient is
-there. Hooks sit on the AccumulateGrad nodes, which every torch has.
+there, and whoever updates the weights gets the buckets as their sums arrive. Hooks sit on the
+AccumulateGrad nodes, which every torch has.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,15 +17,18 @@ import torch
 
 from knl.comm.agreement import Named, flat, require_same_layout
 from knl.comm.collectives import Handle, Ranks
+from knl.comm.node import SharedNode
 from knl.errors import CollectiveTimeoutError
 
 
 @dataclass
-class _Bucket:
-    """Gradients of neighbouring parameters in one flat buffer."""
+class Bucket:
+    """Gradients of neighbouring parameters in one flat buffer. `members`: their numbers;
+    `gradients`: their parts of the buffer, in the parameters' shapes."""
 
-    members: list[int]  # numbers of the parameters
+    members: list[int]
     buffer: torch.Tensor
+    gradients: list[torch.Tensor]
     missing: int = 0  # gradients still to come in this backward
     handle: Handle | None = field(default=None, repr=False)
 
@@ -33,7 +37,9 @@ class GradientSync:
     """Owns the gradients of `named` parameters and sums them over the ranks.
 
     A step is: `zero()`; backward of all local lanes but the last; `arm()`; backward of the last
-    lane; `finish()`. In a world of one nothing is hooked and no bucket is made.
+    lane; `arrivals()`, or `finish()` where nothing is to be done as buckets arrive. In a world of
+    one nothing is hooked and no bucket is made. `waited`: seconds that the last step waited for
+    sums after backward.
 
     `bucket_bytes`: size at which a bucket is closed; `first_bucket_bytes`: of the first one, small
     so that communication starts early. `timeout`: seconds to wait for a bucket.
@@ -53,10 +59,13 @@ class GradientSync:
         self.names = [name for name, _ in named]
         self.ranks, self.timeout = ranks, timeout
         self.bucket_bytes, self.first_bucket_bytes = bucket_bytes, first_bucket_bytes
-        self.buckets: list[_Bucket] = []
+        self.buckets: list[Bucket] = []
+        self.waited = 0.0
         self._arrived: list[int] | None = []  # order of the first backward; None once it is known
-        self._armed = False
+        self._armed = self._stepped = False
         self._next = 0  # buckets start in order, the same on every rank
+        # Ranks of a node do the sums themselves: in backward where the others have come as far.
+        self._inline = isinstance(ranks.collectives, SharedNode)
         for parameter in self.parameters:
             make_dense(parameter)
         if ranks.world.size == 1:
@@ -73,6 +82,9 @@ class GradientSync:
         if not self.buckets:
             for parameter in self.parameters:
                 parameter.grad = None
+        elif self._stepped and self._arrived is not None:
+            self._adopt_order(self._arrived)
+            self._arrived = None
         for bucket in self.buckets:
             bucket.buffer.zero_()
 
@@ -84,33 +96,37 @@ class GradientSync:
         for bucket in self.buckets:
             bucket.missing, bucket.handle = len(bucket.members), None
 
-    def finish(self) -> float:
-        """Wait until every bucket is summed. Returns the seconds waited: what overlap left over.
+    def arrivals(self) -> Iterator[Bucket]:
+        """The buckets in order, each when it is summed; all of them are to be taken.
 
         Parameters that backward did not reach count as zeros (or the earlier lanes' sum).
         Raises CollectiveTimeoutError naming the bucket.
         """
-        if not self.buckets:
-            return 0.0
-        start = time.perf_counter()
-        self._armed = False
+        self._armed, self._stepped, self.waited = False, True, 0.0
+        began = time.perf_counter()
         self._start_buckets(complete=True)
         for number, bucket in enumerate(self.buckets):
-            assert bucket.handle is not None
-            try:
-                bucket.handle.wait(self.timeout)
-            except CollectiveTimeoutError as error:
-                raise CollectiveTimeoutError(
-                    f"gradient bucket {number + 1} of {len(self.buckets)} "
-                    f"(from {self.names[bucket.members[0]]}) on rank {self.ranks.world.rank} of "
-                    f"{self.ranks.world.size}: {error}; a rank is gone, stopped or late "
-                    "(comm.timeout_s sets the limit)"
-                ) from None
-        waited = time.perf_counter() - start
-        if self._arrived is not None:
-            self._adopt_order(self._arrived)
-            self._arrived = None
-        return waited
+            self._wait(number, bucket)
+            self.waited += time.perf_counter() - began
+            yield bucket
+            began = time.perf_counter()
+
+    def finish(self) -> None:
+        """Wait until every bucket is summed; raises as `arrivals` does."""
+        for _ in self.arrivals():
+            pass
+
+    def _wait(self, number: int, bucket: Bucket) -> None:
+        assert bucket.handle is not None  # started by arrivals
+        try:
+            bucket.handle.wait(self.timeout)
+        except CollectiveTimeoutError as error:
+            raise CollectiveTimeoutError(
+                f"gradient bucket {number + 1} of {len(self.buckets)} "
+                f"(from {self.names[bucket.members[0]]}) on rank {self.ranks.world.rank} of "
+                f"{self.ranks.world.size}: {error}; a rank is gone, stopped or late "
+                "(comm.timeout_s sets the limit)"
+            ) from None
 
     def _hook(self, number: int) -> Any:
         # The node exists as long as somebody holds it, so it is returned to be kept.
@@ -126,6 +142,10 @@ class GradientSync:
             self._arrived.append(number)
         self._bucket_of[number].missing -= 1
         self._start_buckets(complete=False)
+        if self._inline:
+            for bucket in self.buckets[: self._next]:
+                assert bucket.handle is not None  # started
+                bucket.handle.test()
 
     def _start_buckets(self, complete: bool) -> None:
         """Start the next buckets in order, as far as they are full; all when `complete`."""
@@ -133,25 +153,35 @@ class GradientSync:
             bucket = self.buckets[self._next]
             if bucket.missing > 0 and not complete:
                 return
-            bucket.handle = self.ranks.collectives.allreduce(bucket.buffer)
+            # Later buckets hold the layers that the next forward needs first.
+            bucket.handle = self.ranks.collectives.allreduce(bucket.buffer, priority=self._next)
             self._next += 1
 
     def _lay_out(self, order: Sequence[int]) -> None:
         """Make buckets for the parameters in this order and point p.grad into them."""
+        groups = self._group(order)
         self.buckets = []
-        self._bucket_of: dict[int, _Bucket] = {}
-        for members in self._group(order):
-            size = sum(self.parameters[number].numel() for number in members)
-            bucket = _Bucket(members, torch.zeros(size, dtype=self.parameters[members[0]].dtype))
+        self._bucket_of: dict[int, Bucket] = {}
+        for members, buffer in zip(groups, self._buffers(groups)):
+            sizes = [self.parameters[number].numel() for number in members]
+            gradients = [
+                part.as_strided(self.parameters[n].size(), self.parameters[n].stride())
+                for n, part in zip(members, buffer.split(sizes))
+            ]
+            bucket = Bucket(members, buffer, gradients)
             self.buckets.append(bucket)
-            offset = 0
-            for number in members:
-                parameter = self.parameters[number]
-                parameter.grad = bucket.buffer.as_strided(
-                    parameter.size(), parameter.stride(), offset
-                )
+            for number, gradient in zip(members, gradients):
+                self.parameters[number].grad = gradient
                 self._bucket_of[number] = bucket
-                offset += parameter.numel()
+
+    def _buffers(self, groups: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+        """Zeros for each group, in memory of the node where its ranks sum there."""
+        sizes = [sum(self.parameters[n].numel() for n in members) for members in groups]
+        dtypes = [self.parameters[members[0]].dtype for members in groups]
+        collectives = self.ranks.collectives
+        if isinstance(collectives, SharedNode) and set(dtypes) == {torch.float32}:
+            return collectives.buffers(sizes)
+        return [torch.zeros(size, dtype=dtype) for size, dtype in zip(sizes, dtypes)]
 
     def _group(self, order: Sequence[int]) -> list[list[int]]:
         """Neighbours in `order`, of one type, up to the size of a bucket."""
@@ -168,16 +198,12 @@ class GradientSync:
         return groups
 
     def _adopt_order(self, arrived: Sequence[int]) -> None:
-        """Lay the buckets out anew in rank 0's order of arrival, and move the sums over: the
-        optimiser has yet to read them."""
+        """Lay the buckets out anew in rank 0's order of arrival."""
         seen = set(arrived)
         order = [*arrived, *(n for n in range(len(self.parameters)) if n not in seen)]
         numbers = torch.tensor(order, dtype=torch.int64)
         self.ranks.collectives.broadcast(numbers, root=0)
-        old = [parameter.grad for parameter in self.parameters]
         self._lay_out(numbers.tolist())
-        for parameter, gradient in zip(self.parameters, old):
-            parameter.grad.copy_(gradient)  # type: ignore[union-attr, arg-type]
 
 
 def make_dense(parameter: torch.Tensor) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -49,7 +49,16 @@ class Mpi:
         self._comm, self._in_place = comm.Dup(), MPI.IN_PLACE
         self.version = mpi_version()
 
-    def allreduce(self, tensor: torch.Tensor) -> _Request:
+    def split(self, groups: Sequence[Sequence[int]]) -> Mpi:
+        """Collectives within each of these groups of ranks, which share all ranks out."""
+        number = next(n for n, group in enumerate(groups) if self._comm.rank in group)
+        part = self._comm.Split(number, groups[number].index(self._comm.rank))
+        try:
+            return Mpi(part)
+        finally:
+            part.Free()
+
+    def allreduce(self, tensor: torch.Tensor, priority: int = 0) -> _Request:
         return _Request(self._comm.Iallreduce(self._in_place, tensor.numpy()))
 
     def broadcast(self, tensor: torch.Tensor, root: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -77,25 +77,37 @@ class _Event:
 
 
 class OneCcl:
-    """An open oneCCL communicator over all ranks."""
+    """A oneCCL communicator over all ranks, or over each of several groups of them."""
 
     name = "oneccl"
 
-    def __init__(self, library: ctypes.CDLL, world: World, bootstrap: Bootstrap) -> None:
-        self._library = library
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        world: World,
+        bootstrap: Bootstrap,
+        groups: Sequence[Sequence[int]] | None = None,
+    ) -> None:
+        self._library, self._world, self._bootstrap = library, world, bootstrap
         text = ctypes.create_string_buffer(128)
         # oneCCL would warn that CCL_LOG_LEVEL, by which knl.launch has fewer warnings, is set.
         with native.stdout_without("CCL_LOG_LEVEL"):
             self._check(library.knl_ccl_version(text, len(text)) == 0)
         self.version = text.value.decode().split(" ")[0].replace("Gold-", "")
+        group = next(g for g in groups or [range(world.size)] if world.rank in g)
         address = ctypes.create_string_buffer(_ADDRESS_BYTES)
-        if world.rank == 0:
+        if world.rank == group[0]:
             self._check(library.knl_ccl_address(address, _ADDRESS_BYTES) == 0)
-        address.raw = bootstrap.broadcast(address.raw)
-        self._comm = library.knl_ccl_open(world.size, world.rank, address)
+        addresses = bootstrap.gather(address.raw.hex())
+        address.raw = bytes.fromhex(addresses[group[0]])
+        self._comm = library.knl_ccl_open(len(group), group.index(world.rank), address)
         self._check(bool(self._comm))
 
-    def allreduce(self, tensor: torch.Tensor) -> _Event:
+    def split(self, groups: Sequence[Sequence[int]]) -> OneCcl:
+        """Collectives within each of these groups of ranks, which share all ranks out."""
+        return OneCcl(self._library, self._world, self._bootstrap, groups)
+
+    def allreduce(self, tensor: torch.Tensor, priority: int = 0) -> _Event:
         event = self._library.knl_ccl_allreduce(
             self._comm, tensor.data_ptr(), tensor.numel(), _DATATYPES[tensor.dtype]
         )

@@ -82,7 +82,7 @@ class TorchDist:
             timeout=limit,
         )
 
-    def allreduce(self, tensor: torch.Tensor) -> _Work:
+    def allreduce(self, tensor: torch.Tensor, priority: int = 0) -> _Work:
         return _Work(dist.all_reduce(tensor, async_op=True))
 
     def broadcast(self, tensor: torch.Tensor, root: int) -> None:

@@ -31,7 +31,8 @@ struct Communicator {
     ccl::communicator ranks;
 };
 
-ccl::shared_ptr_class<ccl::kvs> main_kvs;  // rank 0's, serves the address until the process ends
+// The last one that this process made, to be the first rank of a communicator.
+ccl::shared_ptr_class<ccl::kvs> main_kvs;
 
 }  // namespace
 
@@ -58,10 +59,11 @@ KNL_API int knl_ccl_address(uint8_t* address, size_t size) {
     });
 }
 
+// Rank 0 is the one that made the address.
 KNL_API Communicator* knl_ccl_open(int size, int rank, const uint8_t* address) {
     return guarded<Communicator*>(nullptr, [&] {
         ccl::shared_ptr_class<ccl::kvs> kvs = main_kvs;
-        if (!kvs) {
+        if (rank != 0) {
             ccl::kvs::address_type bytes;
             std::memcpy(bytes.data(), address, bytes.size());
             kvs = ccl::create_kvs(bytes);

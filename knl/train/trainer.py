@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from knl.comm.agreement import Named, require_same_weights
-from knl.comm.collectives import Ranks, allreduce_numbers
+from knl.comm.collectives import Ranks, allreduce_numbers, start_sum
 from knl.comm.gradient_sync import GradientSync
 from knl.config import Recipe
 from knl.data.dataset import Dataset
@@ -103,8 +103,8 @@ class Trainer:
     def step(self, step: int) -> StepMetrics:
         """One update over all lanes; `step` counts from 0.
 
-        Raises NonFiniteError on every rank, naming step, lane and layer; a gradient at fault has
-        not reached the weights.
+        Raises NonFiniteError on every rank, naming step, lane and layer. A loss at fault has not
+        reached the weights; where a gradient is, layers after it may have moved.
         """
         epoch, step_in_epoch = divmod(step, self.lanes.steps_per_epoch)
         lr = lr_at(self.recipe.schedule, self.epoch_at(step), self.recipe.train.epochs)
@@ -118,19 +118,24 @@ class Trainer:
             batch = self.dataset.train_batch(samples, epoch)
             images, labels = to_tensors(batch, self.recipe.train.layout)
             t_data += time.perf_counter() - asked
+            lane_loss = self._forward(step, number, lane, images, labels)
+            losses.append(float(lane_loss.item()))
             if number == len(self.my_lanes) - 1:
+                total_loss = start_sum(self.ranks.collectives, [sum(losses)])
                 self.sync.arm()
-            losses.append(self._lane(step, number, lane, images, labels))
+            lane_loss.backward()
         computed = time.perf_counter()
-        t_comm = self.sync.finish()
-        (loss,) = allreduce_numbers(self.ranks.collectives, [sum(losses)], self.timeout)
-        synced = time.perf_counter()
-        try:
-            report = self.optimiser.step(lr, 1.0 / self.recipe.train.lanes)
-        except NonFiniteError as error:
-            raise self._diagnosis(step, lr, losses, f"gradient of {error}") from None
+        (loss,) = total_loss(self.timeout)
+        waited = time.perf_counter() - computed
         if not math.isfinite(loss):
+            self.sync.finish()  # nothing may be under way when the ranks look for the cause
             raise self._diagnosis(step, lr, losses, "loss")
+        try:
+            self._update(lr)
+        except NonFiniteError as error:
+            self.sync.finish()
+            raise self._diagnosis(step, lr, losses, f"gradient of {error}") from None
+        report = self.optimiser.report()
         ended = time.perf_counter()
         return StepMetrics(
             step=step + 1,
@@ -140,23 +145,30 @@ class Trainer:
             images_per_s=self.lanes.global_batch / (ended - began),
             t_data=t_data,
             t_compute=computed - began - t_data,
-            t_comm_exposed=t_comm,
-            t_optim=ended - synced,
+            t_comm_exposed=waited + self.sync.waited,
+            t_optim=ended - computed - waited - self.sync.waited,
             trust_min=report.trust_min,
             trust_max=report.trust_max,
         )
 
-    def _lane(
+    def _forward(
         self, step: int, number: int, lane: int, images: torch.Tensor, labels: torch.Tensor
-    ) -> float:
-        """Forward and backward of one lane; its gradients add to those of the lanes before."""
+    ) -> torch.Tensor:
+        """The loss of one lane, whose backward adds to the gradients of the lanes before."""
         # Dropout masks are the lane's, whichever rank computes it.
         seed = int(mix(self.recipe.train.seed, step, lane)[0]) >> 1
         torch.default_generator.manual_seed(seed)
         self.statistics.begin_lane(number)
-        loss = self.loss(forward(self.model, images, self.recipe.train.dtype).float(), labels)
-        loss.backward()
-        return float(loss.item())
+        outputs = forward(self.model, images, self.recipe.train.dtype)
+        return self.loss(outputs.float(), labels)
+
+    def _update(self, lr: float) -> None:
+        """Weights move bucket by bucket, while the sums of later ones are under way."""
+        scale = 1.0 / self.recipe.train.lanes
+        if not self.sync.buckets:
+            self.optimiser.step(lr, scale)
+        for bucket in self.sync.arrivals():
+            self.optimiser.update(bucket.members, bucket.gradients, lr, scale)
 
     def evaluate(self) -> Evaluation:
         """Accuracy with the running statistics of all lanes."""
