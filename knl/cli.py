@@ -8,13 +8,16 @@ import shutil
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NoReturn, Optional
+from typing import TYPE_CHECKING, NoReturn, Optional
 
 import typer
 
-from knl import __version__, cli_node
+from knl import __version__, cli_bench, cli_node
 from knl.comm.world import SINGLE, Provider, World, world_from
 from knl.errors import FailedError, InputError, KnlError, say
+
+if TYPE_CHECKING:
+    from knl.config import Recipe
 
 STDERR = 2
 
@@ -127,6 +130,7 @@ def train(
 
 for command in cli_node.COMMANDS:
     app.command()(command)
+app.add_typer(cli_bench.app)
 
 
 @dataclass(frozen=True)
@@ -192,7 +196,9 @@ def _train_as_rank(world: World, request: _Request) -> None:
         if world.launcher == "mpi":
             become_ready()
     else:
-        _become_planned(world, request)
+        from knl.run import become_planned
+
+        become_planned(world, request.profile_path, _recipe_if_good(request))
     from knl.comm.bootstrap import open_bootstrap
     from knl.native import stdout_to
     from knl.train.job import run_job
@@ -210,27 +216,14 @@ def _train_as_rank(world: World, request: _Request) -> None:
             os.write(stdout, json.dumps(result).encode() + b"\n")
 
 
-def _become_planned(world: World, request: _Request) -> NoReturn:
-    """Start this very command again, bound and in the plan's environment: an OpenMP runtime, an
-    allocator and the dynamic loader read their settings only when a process starts."""
+def _recipe_if_good(request: _Request) -> Recipe | None:
+    """None where it is not: the ranks will say so together."""
     from knl.config import load_recipe
-    from knl.launch import mpi_environment
-    from knl.profile import plan_of_rank
-    from knl.run import become
-    from knl.sysfs import read_topology
 
-    environment = dict(os.environ)
-    if world.launcher == "mpi":
-        environment.update(mpi_environment(environment))
     try:
-        recipe = load_recipe(request.recipe, request.overrides)
+        return load_recipe(request.recipe, request.overrides)
     except InputError:
-        recipe = None  # the ranks will say so together
-    plan, number, where = plan_of_rank(
-        read_topology(), world, request.profile_path, environment, recipe
-    )
-    command = [sys.executable, "-m", "knl", *sys.argv[1:]]
-    become(plan, number, command, environment, where, verify=False)
+        return None
 
 
 def _fail(message: str, code: int, *, shared: bool) -> NoReturn:

@@ -2,13 +2,51 @@
 
 from __future__ import annotations
 
+import json
+import os
+
 import typer
+
+from knl.comm.world import SINGLE
 
 app = typer.Typer(
     name="bench",
     no_args_is_help=True,
+    rich_markup_mode=None,
     help="Measure a part beside its peers: ratios of medians, taken in turn in one run.",
 )
 
 _JSON = typer.Option(False, "--json", help="Print one JSON object on stdout.")
 _ROUNDS = typer.Option(0, "--rounds", min=0, help="Measurements of each rival; 0 for the usual.")
+
+
+@app.command()
+def lars(
+    recipe: str = typer.Option("resnet50-bench", help="Recipe whose network is updated."),
+    rounds: int = _ROUNDS,
+    as_json: bool = _JSON,
+) -> None:
+    """Time one update of a network by LARS, beside torch's SGD and a LARS of torch calls.
+
+    Example: knl bench lars --recipe alexnet-bn-32k
+
+    The limit is the time in which memory moves weights, gradients and momentum once: five passes,
+    at the rate of a triad measured in the same rounds.
+    """
+    from knl.config import load_recipe
+
+    found = load_recipe(recipe)
+    _under_plan()
+    from knl.bench.lars import bench_lars, describe
+
+    result = bench_lars(found, rounds)
+    print(json.dumps(result) if as_json else describe(result))
+
+
+def _under_plan() -> None:
+    """Measure as training would run: bound, in the plan's environment."""
+    from knl.bind import PLAN
+    from knl.run import become_planned
+
+    if PLAN not in os.environ:
+        become_planned(SINGLE, None)

@@ -12,15 +12,20 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import IO, NoReturn
 
 import psutil
 
 from knl.bind import bind, bound, rank_environment
+from knl.comm.world import World
+from knl.config import Recipe
 from knl.errors import InputError, say
-from knl.launch import shell_status
+from knl.launch import mpi_environment, shell_status
 from knl.plan import Plan
+from knl.profile import plan_of_rank
 from knl.proof import Proof, prove, watch
+from knl.sysfs import read_topology
 
 _POLL_S = 0.05
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -51,6 +56,18 @@ def become(
         os.execve(program, list(command), {**environment, **rank_environment(plan, rank, where)})
     except OSError as error:
         raise _cannot_start(program, error) from None
+
+
+def become_planned(world: World, profile: Path | None, recipe: Recipe | None = None) -> NoReturn:
+    """Start this very command again as the rank that it is, bound and in the plan's environment: an
+    OpenMP runtime, an allocator and the dynamic loader read their settings only when a process
+    starts. `profile`, `recipe`: as for knl.profile.plan_for."""
+    environment = dict(os.environ)
+    if world.launcher == "mpi":
+        environment.update(mpi_environment(environment))
+    plan, number, where = plan_of_rank(read_topology(), world, profile, environment, recipe)
+    command = [sys.executable, "-m", "knl", *sys.argv[1:]]
+    become(plan, number, command, environment, where, verify=False)
 
 
 def start(
