@@ -158,16 +158,6 @@ def allreduce_numbers(
     collectives: Collectives, numbers: Sequence[float], timeout: float
 ) -> list[float]:
     """The sums over ranks of a few numbers, in double precision."""
-    return start_sum(collectives, numbers)(timeout)
-
-
-def start_sum(collectives: Collectives, numbers: Sequence[float]) -> Callable[[float], list[float]]:
-    """The same under way: what is returned waits, at most so many seconds, for the sums."""
     tensor = torch.tensor(list(numbers), dtype=torch.float64)
-    handle = collectives.allreduce(tensor)
-
-    def wait(timeout: float) -> list[float]:
-        handle.wait(timeout)
-        return tensor.tolist()  # type: ignore[no-any-return]
-
-    return wait
+    collectives.allreduce(tensor).wait(timeout)
+    return tensor.tolist()  # type: ignore[no-any-return]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Optional
 
 import torch
 
@@ -19,6 +19,8 @@ from knl.comm.agreement import Named, flat, require_same_layout
 from knl.comm.collectives import Handle, Ranks
 from knl.comm.node import SharedNode
 from knl.errors import CollectiveTimeoutError
+
+Arrival = tuple[Sequence[int], Sequence[Optional[torch.Tensor]]]
 
 
 @dataclass
@@ -38,8 +40,9 @@ class GradientSync:
 
     A step is: `zero()`; backward of all local lanes but the last; `arm()`; backward of the last
     lane; `arrivals()`, or `finish()` where nothing is to be done as buckets arrive. In a world of
-    one nothing is hooked and no bucket is made. `waited`: seconds that the last step waited for
-    sums after backward.
+    one nothing is hooked and no bucket is made. `carried`: a number that is summed along with the
+    first bucket; set it before `arm`, read the sum when that bucket is there. `waited`: seconds
+    that the last step waited for sums after backward.
 
     `bucket_bytes`: size at which a bucket is closed; `first_bucket_bytes`: of the first one, small
     so that communication starts early. `timeout`: seconds to wait for a bucket.
@@ -61,6 +64,7 @@ class GradientSync:
         self.bucket_bytes, self.first_bucket_bytes = bucket_bytes, first_bucket_bytes
         self.buckets: list[Bucket] = []
         self.waited = 0.0
+        self.carried = torch.zeros(1)
         self._arrived: list[int] | None = []  # order of the first backward; None once it is known
         self._armed = self._stepped = False
         self._next = 0  # buckets start in order, the same on every rank
@@ -96,19 +100,22 @@ class GradientSync:
         for bucket in self.buckets:
             bucket.missing, bucket.handle = len(bucket.members), None
 
-    def arrivals(self) -> Iterator[Bucket]:
-        """The buckets in order, each when it is summed; all of them are to be taken.
+    def arrivals(self) -> Iterator[Arrival]:
+        """Parameters' numbers and the sums of their gradients, bucket by bucket, each when it is
+        there; in a world of one all at once.
 
         Parameters that backward did not reach count as zeros (or the earlier lanes' sum).
         Raises CollectiveTimeoutError naming the bucket.
         """
         self._armed, self._stepped, self.waited = False, True, 0.0
+        if not self.buckets:
+            yield range(len(self.parameters)), [parameter.grad for parameter in self.parameters]
         began = time.perf_counter()
         self._start_buckets(complete=True)
         for number, bucket in enumerate(self.buckets):
             self._wait(number, bucket)
             self.waited += time.perf_counter() - began
-            yield bucket
+            yield bucket.members, bucket.gradients
             began = time.perf_counter()
 
     def finish(self) -> None:
@@ -163,20 +170,24 @@ class GradientSync:
         self.buckets = []
         self._bucket_of: dict[int, Bucket] = {}
         for members, buffer in zip(groups, self._buffers(groups)):
-            sizes = [self.parameters[number].numel() for number in members]
-            gradients = [
-                part.as_strided(self.parameters[n].size(), self.parameters[n].stride())
-                for n, part in zip(members, buffer.split(sizes))
-            ]
+            gradients, offset = [], 0
+            for number in members:
+                parameter = self.parameters[number]
+                gradients.append(buffer.as_strided(parameter.size(), parameter.stride(), offset))
+                offset += parameter.numel()
             bucket = Bucket(members, buffer, gradients)
             self.buckets.append(bucket)
             for number, gradient in zip(members, gradients):
                 self.parameters[number].grad = gradient
                 self._bucket_of[number] = bucket
 
+        self.carried = self.buckets[0].buffer[-self.carried.numel() :]
+
     def _buffers(self, groups: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-        """Zeros for each group, in memory of the node where its ranks sum there."""
+        """Zeros for each group, in memory of the node where its ranks sum there; in the first with
+        room for what is carried."""
         sizes = [sum(self.parameters[n].numel() for n in members) for members in groups]
+        sizes[0] += self.carried.numel()
         dtypes = [self.parameters[members[0]].dtype for members in groups]
         collectives = self.ranks.collectives
         if isinstance(collectives, SharedNode) and set(dtypes) == {torch.float32}:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from knl.comm.agreement import Named, require_same_weights
-from knl.comm.collectives import Ranks, allreduce_numbers, start_sum
+from knl.comm.collectives import Ranks, allreduce_numbers
 from knl.comm.gradient_sync import GradientSync
 from knl.config import Recipe
 from knl.data.dataset import Dataset
@@ -121,20 +121,15 @@ class Trainer:
             lane_loss = self._forward(step, number, lane, images, labels)
             losses.append(float(lane_loss.item()))
             if number == len(self.my_lanes) - 1:
-                total_loss = start_sum(self.ranks.collectives, [sum(losses)])
+                self.sync.carried.fill_(sum(losses))
                 self.sync.arm()
             lane_loss.backward()
         computed = time.perf_counter()
-        (loss,) = total_loss(self.timeout)
-        waited = time.perf_counter() - computed
-        if not math.isfinite(loss):
-            self.sync.finish()  # nothing may be under way when the ranks look for the cause
-            raise self._diagnosis(step, lr, losses, "loss")
         try:
-            self._update(lr)
+            loss = self._update(lr)
         except NonFiniteError as error:
-            self.sync.finish()
-            raise self._diagnosis(step, lr, losses, f"gradient of {error}") from None
+            self.sync.finish()  # nothing may be under way when the ranks look for the cause
+            raise self._diagnosis(step, lr, losses, str(error)) from None
         report = self.optimiser.report()
         ended = time.perf_counter()
         return StepMetrics(
@@ -145,8 +140,8 @@ class Trainer:
             images_per_s=self.lanes.global_batch / (ended - began),
             t_data=t_data,
             t_compute=computed - began - t_data,
-            t_comm_exposed=waited + self.sync.waited,
-            t_optim=ended - computed - waited - self.sync.waited,
+            t_comm_exposed=self.sync.waited,
+            t_optim=ended - computed - self.sync.waited,
             trust_min=report.trust_min,
             trust_max=report.trust_max,
         )
@@ -162,13 +157,21 @@ class Trainer:
         outputs = forward(self.model, images, self.recipe.train.dtype)
         return self.loss(outputs.float(), labels)
 
-    def _update(self, lr: float) -> None:
-        """Weights move bucket by bucket, while the sums of later ones are under way."""
-        scale = 1.0 / self.recipe.train.lanes
-        if not self.sync.buckets:
-            self.optimiser.step(lr, scale)
-        for bucket in self.sync.arrivals():
-            self.optimiser.update(bucket.members, bucket.gradients, lr, scale)
+    def _update(self, lr: float) -> float:
+        """Move the weights bucket by bucket, while the sums of later ones are under way. Returns
+        the loss, summed over all lanes. Raises NonFiniteError naming it or the gradient at fault;
+        where it is the loss, before any weight has moved."""
+        scale, loss = 1.0 / self.recipe.train.lanes, float("nan")
+        for number, (members, gradients) in enumerate(self.sync.arrivals()):
+            if number == 0:
+                loss = float(self.sync.carried.item())
+                if not math.isfinite(loss):
+                    raise NonFiniteError("loss")
+            try:
+                self.optimiser.update(members, gradients, lr, scale)
+            except NonFiniteError as error:
+                raise NonFiniteError(f"gradient of {error}") from None
+        return loss
 
     def evaluate(self) -> Evaluation:
         """Accuracy with the running statistics of all lanes."""

@@ -64,7 +64,8 @@ def require_in_buckets(sync: GradientSync) -> None:
             assert parameter.grad.data_ptr() == start
             assert parameter.grad.stride() == parameter.stride()
             start += parameter.numel() * parameter.element_size()
-        assert start == bucket.buffer.data_ptr() + bucket.buffer.numel() * 4
+        end = bucket.buffer.data_ptr() + bucket.buffer.numel() * 4
+        assert start + (4 if bucket is sync.buckets[0] else 0) == end  # the number that is carried
 
 
 def like_ddp(ranks: Ranks, layout: torch.memory_format) -> None:
@@ -124,6 +125,26 @@ def some_unused(ranks: Ranks, user: int) -> None:
             assert torch.allclose(parameter.grad, wanted, rtol=1e-5, atol=1e-7), f"{step}: {name}"
         assert model.frozen.weight.grad is None
         assert model.sometimes.weight.grad.any() and not model.never.weight.grad.any()
+
+
+def carried_number(ranks: Ranks) -> None:
+    """What is set before the last backward is summed with the first bucket to arrive."""
+    model = Branches()
+    sync = synced(model, ranks, bucket=200)
+    for step in range(3):  # the buckets are laid out anew after the first
+        sync.zero()
+        sync.carried.fill_(ranks.world.rank + 0.5 + step)
+        sync.arm()
+        model(torch.randn(5, 4), detour=True).backward()
+        numbers = []
+        for arrived, (members, gradients) in enumerate(sync.arrivals()):
+            assert arrived or sync.carried.item() == sum(
+                rank + 0.5 + step for rank in range(ranks.world.size)
+            )
+            for number, gradient in zip(members, gradients):
+                assert gradient.data_ptr() == sync.parameters[number].grad.data_ptr()
+            numbers += members
+        assert sorted(numbers) == list(range(len(sync.parameters)))
 
 
 def order_of_arrival(ranks: Ranks) -> None:
@@ -234,7 +255,8 @@ def main(folder: Path) -> None:
         with checks.check(f"rank {user} alone uses a branch"):
             some_unused(ranks, user)
     for check in (
-        order_of_arrival, weights_of_rank_0, different_models, changed_weight, late_rank,
+        order_of_arrival, carried_number, weights_of_rank_0, different_models, changed_weight,
+        late_rank,
     ):  # fmt: skip
         with checks.check(check.__name__):
             check(ranks)

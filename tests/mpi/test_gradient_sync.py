@@ -35,6 +35,10 @@ def test_buckets_adopt_the_order_in_which_rank_0_s_gradients_arrive(ranks):
     ranks.require("order_of_arrival")
 
 
+def test_a_number_is_carried_along_with_the_first_bucket(ranks):
+    ranks.require("carried_number")
+
+
 def test_every_rank_starts_with_rank_0_s_weights(ranks):
     ranks.require("weights_of_rank_0")
 
