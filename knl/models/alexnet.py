@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from knl.models.norm import BatchNorm
+
 _POOL = (3, 2)  # overlapping: windows of 3, steps of 2
 
 
@@ -26,11 +28,12 @@ def alexnet_bn(channels: int, classes: int, dropout: float) -> nn.Sequential:
     """AlexNet-BN as in Intel Caffe's LARS runs: BatchNorm after pools 1 and 2 and ReLUs 3 and 4
     instead of response normalisation. 60,967,464 parameters with 3 channels, 1,000 classes."""
     model = nn.Sequential(
-        nn.Conv2d(channels, 96, 11, 4), nn.ReLU(True), nn.MaxPool2d(*_POOL), nn.BatchNorm2d(96),
+        nn.Conv2d(channels, 96, 11, 4), nn.ReLU(True), nn.MaxPool2d(*_POOL),
+        BatchNorm(96, relu=False),
         nn.Conv2d(96, 256, 5, padding=2, groups=2), nn.ReLU(True), nn.MaxPool2d(*_POOL),
-        nn.BatchNorm2d(256),
-        nn.Conv2d(256, 384, 3, padding=1), nn.ReLU(True), nn.BatchNorm2d(384),
-        nn.Conv2d(384, 384, 3, padding=1, groups=2), nn.ReLU(True), nn.BatchNorm2d(384),
+        BatchNorm(256, relu=False),
+        nn.Conv2d(256, 384, 3, padding=1), nn.ReLU(True), BatchNorm(384, relu=False),
+        nn.Conv2d(384, 384, 3, padding=1, groups=2), nn.ReLU(True), BatchNorm(384, relu=False),
         nn.Conv2d(384, 256, 3, padding=1, groups=2), nn.ReLU(True), nn.MaxPool2d(*_POOL),
         *_classifier(classes, dropout),
     )  # fmt: skip

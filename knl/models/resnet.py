@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from knl.models.norm import BatchNorm
+
 
 def _conv(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False)
@@ -23,30 +25,25 @@ class Block(nn.Module):
         width, left = inputs, stride
         for size, outputs in body:
             step, left = (left, 1) if size == 3 else (1, left)
-            layers += [_conv(width, outputs, size, step), nn.BatchNorm2d(outputs), nn.ReLU(True)]
+            layers += [_conv(width, outputs, size, step), BatchNorm(outputs, relu=True)]
             width = outputs
         self.body = nn.Sequential(*layers[:-1])
+        self.norm = BatchNorm(width, relu=True)
         self.project: nn.Module = nn.Identity()
         if stride != 1 or inputs != width:
-            self.project = nn.Sequential(_conv(inputs, width, 1, stride), nn.BatchNorm2d(width))
-        self.relu = nn.ReLU(True)
-
-    @property
-    def last_norm(self) -> nn.BatchNorm2d:
-        norm = self.body[-1]
-        assert isinstance(norm, nn.BatchNorm2d)
-        return norm
+            self.project = nn.Sequential(
+                _conv(inputs, width, 1, stride), BatchNorm(width, relu=False)
+            )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.relu(self.body(x).add_(self.project(x)))
+        return self.norm(self.body(x), self.project(x))  # type: ignore[no-any-return]
 
 
 def resnet50(channels: int, classes: int, zero_init_gamma: bool) -> nn.Sequential:
     """ResNet-50 v1.5: 25,557,032 parameters with 3 channels and 1,000 classes."""
     layers: list[nn.Module] = [
         nn.Conv2d(channels, 64, 7, 2, padding=3, bias=False),
-        nn.BatchNorm2d(64),
-        nn.ReLU(True),
+        BatchNorm(64, relu=True),
         nn.MaxPool2d(3, 2, padding=1),
     ]
     inputs = 64
@@ -60,7 +57,7 @@ def resnet50(channels: int, classes: int, zero_init_gamma: bool) -> nn.Sequentia
 
 def resnet_small(channels: int, classes: int, zero_init_gamma: bool) -> nn.Sequential:
     """A residual network of eight layers for small pictures: 8 to 64 pixels a side."""
-    layers: list[nn.Module] = [_conv(channels, 16, 3), nn.BatchNorm2d(16), nn.ReLU(True)]
+    layers: list[nn.Module] = [_conv(channels, 16, 3), BatchNorm(16, relu=True)]
     inputs = 16
     for width, stride in ((16, 1), (32, 2), (64, 2)):
         layers.append(Block(inputs, ((3, width), (3, width)), stride))
@@ -82,5 +79,5 @@ def _finish(
     if zero_init_gamma:
         for module in model.modules():
             if isinstance(module, Block):
-                nn.init.zeros_(module.last_norm.weight)
+                nn.init.zeros_(module.norm.weight)
     return model
