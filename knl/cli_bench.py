@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
+from typing import Any
 
 import typer
 
@@ -39,8 +41,26 @@ def lars(
     _under_plan()
     from knl.bench.lars import bench_lars, describe
 
-    result = bench_lars(found, rounds)
-    print(json.dumps(result) if as_json else describe(result))
+    _print(bench_lars(found, rounds), describe, as_json)
+
+
+@app.command()
+def allreduce(
+    ranks: int = typer.Option(2, "-n", min=2, help="Ranks to start on this host."),
+    sizes: list[int] = typer.Option(
+        [], "--bytes", min=4, help="A size to measure; repeatable. 4 KB to 244 MB if not given."
+    ),
+    rounds: int = _ROUNDS,
+    as_json: bool = _JSON,
+) -> None:
+    """Sum over ranks: each provider beside IMB-MPI1, gloo, a bare oneCCL call and a copy.
+
+    Example: knl bench allreduce -n 2 --json
+    """
+    from knl.bench.allreduce import ROUNDS, SIZES, bench, describe
+
+    wanted = sorted({size // 4 * 4 for size in sizes} or SIZES)
+    _print(bench(ranks, wanted, rounds or ROUNDS, os.environ), describe, as_json)
 
 
 def _under_plan() -> None:
@@ -50,3 +70,9 @@ def _under_plan() -> None:
 
     if PLAN not in os.environ:
         become_planned(SINGLE, None)
+
+
+def _print(
+    result: dict[str, Any], describe: Callable[[dict[str, Any]], str], as_json: bool
+) -> None:
+    print(json.dumps(result) if as_json else describe(result))

@@ -108,10 +108,20 @@ class OneCcl:
         return OneCcl(self._library, self._world, self._bootstrap, groups)
 
     def allreduce(self, tensor: torch.Tensor, priority: int = 0) -> _Event:
+        """Of several under way the one of the highest `priority` goes first, where
+        CCL_PRIORITY=direct; every rank gives the same."""
         event = self._library.knl_ccl_allreduce(
-            self._comm, tensor.data_ptr(), tensor.numel(), _DATATYPES[tensor.dtype]
+            self._comm, tensor.data_ptr(), tensor.numel(), _DATATYPES[tensor.dtype], priority
         )
         return _Event(self._library, event, tensor)
+
+    def bare_seconds(self, tensor: torch.Tensor) -> float:
+        """Seconds of one allreduce of `tensor` in place, called and awaited in C++."""
+        seconds = self._library.knl_ccl_time_allreduce(
+            self._comm, tensor.data_ptr(), tensor.numel(), _DATATYPES[tensor.dtype]
+        )
+        self._check(seconds >= 0)
+        return float(seconds)
 
     def broadcast(self, tensor: torch.Tensor, root: int) -> None:
         event = self._library.knl_ccl_broadcast(
@@ -141,7 +151,8 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
         "address": (number, [ctypes.c_char_p, size]),
         "open": (pointer, [number, number, ctypes.c_char_p]),
         "close": (None, [pointer]),
-        "allreduce": (pointer, [pointer, pointer, size, number]),
+        "allreduce": (pointer, [pointer, pointer, size, number, size]),
+        "time_allreduce": (ctypes.c_double, [pointer, pointer, size, number]),
         "broadcast": (pointer, [pointer, pointer, size, number, number]),
         "barrier": (pointer, [pointer]),
         "test": (number, [pointer]),

@@ -74,12 +74,29 @@ KNL_API Communicator* knl_ccl_open(int size, int rank, const uint8_t* address) {
 
 KNL_API void knl_ccl_close(Communicator* comm) { delete comm; }
 
-// Sums `count` elements over the ranks in place. `datatype` is ccl::datatype's own number.
-KNL_API ccl::event* knl_ccl_allreduce(Communicator* comm, void* data, size_t count, int datatype) {
+// Sums `count` elements over the ranks in place. `datatype` is ccl::datatype's own number; a higher
+// `priority` goes first where CCL_PRIORITY=direct.
+KNL_API ccl::event* knl_ccl_allreduce(Communicator* comm, void* data, size_t count, int datatype,
+                                      size_t priority) {
     return guarded<ccl::event*>(nullptr, [&] {
+        auto attributes = ccl::create_operation_attr<ccl::allreduce_attr>();
+        if (priority > 0) attributes.set<ccl::operation_attr_id::priority>(priority);
         return new ccl::event(ccl::allreduce(data, data, count,
                                              static_cast<ccl::datatype>(datatype),
-                                             ccl::reduction::sum, comm->ranks));
+                                             ccl::reduction::sum, comm->ranks, attributes));
+    });
+}
+
+// Seconds of one allreduce as a C++ program would call it, for knl bench allreduce: what the way
+// through Python adds is the difference. Negative when it failed.
+KNL_API double knl_ccl_time_allreduce(Communicator* comm, void* data, size_t count, int datatype) {
+    using clock = std::chrono::steady_clock;
+    return guarded(-1.0, [&] {
+        const clock::time_point start = clock::now();
+        ccl::allreduce(data, data, count, static_cast<ccl::datatype>(datatype),
+                       ccl::reduction::sum, comm->ranks)
+            .wait();
+        return std::chrono::duration<double>(clock::now() - start).count();
     });
 }
 

@@ -6,7 +6,6 @@ import contextlib
 import json
 import queue
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -19,8 +18,8 @@ from pathlib import Path
 from typing import IO, Literal
 
 import msgspec
-import psutil
 
+from knl.children import child
 from knl.choices import Choices
 from knl.config import Data, Recipe, to_toml
 from knl.launch import ranks_command
@@ -29,8 +28,6 @@ from knl.profile import SCHEMA, Gain, Profile, Trial, fingerprint, pixels_of, sa
 from knl.topology import Topology
 
 _MODULE = "knl.tune.steps"
-_GRACE_S = 5.0
-_MARK = "KNL_TRIAL"
 _KILLED = "killed (signal 9): out of memory?"
 
 
@@ -66,22 +63,12 @@ class Bench:
         """Run the steps and one to warm up. `choices`: None for as-is; `limit_s`: seconds after
         which it counts as hanging; `hopeless`: judges the first step after the warm-up."""
         with _folder() as folder:
-            name = folder.name
             command, environment = self._command(choices, folder)
-            with (folder / "stderr").open("wb") as stderr:
-                process = subprocess.Popen(
-                    command,
-                    env={**environment, _MARK: name},
-                    cwd=folder,
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.PIPE,
-                    stderr=stderr,
-                    start_new_session=True,
-                )
-                try:
-                    measured = _follow(process, self.steps, limit_s, hopeless)
-                finally:
-                    _end(process, name)
+            with (
+                (folder / "stderr").open("wb") as stderr,
+                child(command, environment, folder, stderr) as process,
+            ):
+                measured = _follow(process, self.steps, limit_s, hopeless)
             return _explained(measured, folder / "stderr")
 
     def profile(
@@ -105,12 +92,12 @@ class Bench:
         ranks = 1 if choices is None else choices.ranks_per_node
         recipe = folder / "recipe.toml"
         recipe.write_text(to_toml(trial_recipe(self.recipe, self.images, ranks, choices)))
-        child = ["-m", _MODULE, str(recipe), str(self.steps)]
+        steps = ["-m", _MODULE, str(recipe), str(self.steps)]
         if choices is None:
-            return [sys.executable, *child], dict(self.environment)
+            return [sys.executable, *steps], dict(self.environment)
         save_profile(self.profile(choices), folder / "profile.json")
         run = ["-m", "knl", "run", "--profile", str(folder / "profile.json")]
-        run += ["--", sys.executable, *child]
+        run += ["--", sys.executable, *steps]
         if ranks == 1:
             return [sys.executable, *run], dict(self.environment)
         return ranks_command(ranks, run, self.environment, planned=True)
@@ -190,34 +177,6 @@ def _read(pipe: IO[bytes], lines: queue.SimpleQueue[bytes]) -> None:
             elif b"KILLED BY SIGNAL: 9" in line:
                 lines.put(json.dumps({"reason": _KILLED}).encode())
     lines.put(b"")
-
-
-def _end(process: subprocess.Popen[bytes], mark: str) -> None:
-    """Leave nothing running: mpiexec passes SIGTERM on; what does not obey is killed. A second
-    Ctrl-C must not come between."""
-    held = {n: signal.signal(n, signal.SIG_IGN) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-        psutil.wait_procs(_processes_of(mark), timeout=_GRACE_S)
-        for survivor in _processes_of(mark):
-            with contextlib.suppress(psutil.Error):
-                survivor.kill()
-        process.wait()
-    finally:
-        for number, handler in held.items():
-            signal.signal(number, handler)
-
-
-def _processes_of(mark: str) -> list[psutil.Process]:
-    """What runs with this trial's mark in its environment: ranks have sessions of their own, and
-    outlive an mpiexec that was killed."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if process.environ().get(_MARK) == mark:
-                found.append(process)
-    return found
 
 
 def _explained(measured: Measured, stderr: Path) -> Measured:

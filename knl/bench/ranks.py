@@ -1,0 +1,74 @@
+"""Runs a module of a bench as the ranks of a node, under the plan as `knl train` has them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from knl.children import child
+from knl.errors import FailedError
+from knl.launch import ranks_command
+
+
+def run_ranks(
+    module: str,
+    ranks: int,
+    wanted: Mapping[str, Any],
+    environment: Mapping[str, str],
+    limit_s: float,
+) -> dict[str, Any]:
+    """Start `python -m module WANTED` (as JSON) as so many ranks on this host, each bound by the
+    plan; return the JSON object that rank 0 tells.
+
+    Raises FailedError with the ranks' last words, or when there is no end after `limit_s` seconds.
+    """
+    rank = ["-m", "knl", "run", "--", sys.executable, "-m", module, json.dumps(wanted)]
+    command, environment = ranks_command(ranks, rank, environment, planned=True)
+    out = output(command, environment, limit_s, module)
+    found = [line for line in out.splitlines() if line.startswith("{")]
+    if not found:
+        raise FailedError(f"{module}: the ranks ended without a result")
+    result: dict[str, Any] = json.loads(found[-1])
+    return result
+
+
+def output(command: list[str], environment: Mapping[str, str], limit_s: float, name: str) -> str:
+    """What a command writes to stdout. Raises FailedError when it fails or takes longer."""
+    with tempfile.TemporaryFile() as stderr, child(command, environment, None, stderr) as process:
+        try:
+            out, _ = process.communicate(timeout=limit_s)
+        except subprocess.TimeoutExpired:
+            raise FailedError(f"{name}: no end after {limit_s:.0f} s") from None
+        if process.returncode != 0:
+            stderr.seek(0)
+            text = stderr.read().decode(errors="replace")
+            lines = [line.strip() for line in text.splitlines() if line.strip(" =\t")]
+            own = [line for line in lines if not line.startswith(("knl: ", "|", "="))]
+            last = (own or lines or ["no message"])[-1]
+            raise FailedError(f"{name}: status {process.returncode}: {last}")
+    return out.decode(errors="replace")
+
+
+def as_rank(work: Callable[[dict[str, Any]], dict[str, Any] | None]) -> None:
+    """The main of such a module: do `work` and, where it returns something, tell it. A rank that
+    fails takes the others down."""
+    from knl.native import stdout_to
+
+    with stdout_to(2) as stdout:
+        try:
+            result = work(json.loads(sys.argv[1]))
+        except BaseException as error:
+            kind = "" if isinstance(error, FailedError) else f"{type(error).__name__}: "
+            print(kind + " ".join(str(error).split()), file=sys.stderr, flush=True)
+            mpi = sys.modules.get("mpi4py.MPI")
+            if mpi is not None:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the line above says more
+                mpi.COMM_WORLD.Abort(1)
+            sys.exit(1)
+        if result is not None:
+            os.write(stdout, b"\n" + json.dumps(result).encode() + b"\n")

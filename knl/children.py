@@ -1,0 +1,69 @@
+"""Child processes that leave nothing running: ended by a mark in their environment."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import subprocess
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO
+
+import psutil
+
+_MARK = "KNL_CHILD"
+_GRACE_S = 5.0
+
+
+@contextlib.contextmanager
+def child(
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    cwd: Path | None = None,
+    stderr: IO[bytes] | None = None,
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A command under way in a session of its own, its stdout a pipe. On leaving, it and all that
+    it started are gone."""
+    mark = uuid.uuid4().hex
+    process = subprocess.Popen(
+        command,
+        env={**environment, _MARK: mark},
+        cwd=cwd,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        _end(process, mark)
+
+
+def _end(process: subprocess.Popen[bytes], mark: str) -> None:
+    """Leave nothing running: mpiexec passes SIGTERM on; what does not obey is killed. A second
+    Ctrl-C must not come between."""
+    held = {n: signal.signal(n, signal.SIG_IGN) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+        psutil.wait_procs(_processes_of(mark), timeout=_GRACE_S)
+        for survivor in _processes_of(mark):
+            with contextlib.suppress(psutil.Error):
+                survivor.kill()
+        process.wait()
+    finally:
+        for number, handler in held.items():
+            signal.signal(number, handler)
+
+
+def _processes_of(mark: str) -> list[psutil.Process]:
+    """What runs with this mark in its environment: ranks have sessions of their own, and outlive an
+    mpiexec that was killed."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(_MARK) == mark:
+                found.append(process)
+    return found
