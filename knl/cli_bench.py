@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, Optional
 
 import typer
 
@@ -42,6 +43,42 @@ def lars(
     from knl.bench.lars import bench_lars, describe
 
     _print(bench_lars(found, rounds), describe, as_json)
+
+
+@app.command()
+def step(
+    recipe: str = typer.Option("resnet50-bench", help="Recipe whose network is trained."),
+    images: int = typer.Option(0, min=0, help="Of a step on the node; 0 for the recipe's lane."),
+    steps: int = typer.Option(0, min=0, help="Of each round, after one to warm up; 0 for 3."),
+    profile: Optional[Path] = typer.Option(
+        None, help="A profile of knl tune; the newest that fits this node if not given."
+    ),
+    rounds: int = _ROUNDS,
+    as_json: bool = _JSON,
+) -> None:
+    """Train a network by knl and by a plain script of torch, in turn, on made-up pictures.
+
+    Example: knl bench step --recipe alexnet-bn-32k --json
+
+    The plain script has torch's own settings; run_cpu is the same under torch's launcher; rule and
+    tuned are knl under its plan by rule and under a profile. Also: where the time of a step goes,
+    and the share of convolutions, which are the limit.
+    """
+    from knl.bench.step import ROUNDS, STEPS, bench, describe
+    from knl.config import load_recipe
+    from knl.sysfs import read_topology
+
+    found = load_recipe(recipe)
+    result = bench(
+        read_topology(Path("/")),
+        found,
+        images or found.train.lane_batch,
+        steps or STEPS,
+        rounds or ROUNDS,
+        profile,
+        os.environ,
+    )
+    _print(result, describe, as_json)
 
 
 @app.command()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from knl.children import child
@@ -21,13 +22,15 @@ def run_ranks(
     wanted: Mapping[str, Any],
     environment: Mapping[str, str],
     limit_s: float,
+    profile: Path | None = None,
 ) -> dict[str, Any]:
     """Start `python -m module WANTED` (as JSON) as so many ranks on this host, each bound by the
-    plan; return the JSON object that rank 0 tells.
+    plan (of `profile`, else as knl run has it); return the JSON object that rank 0 tells.
 
     Raises FailedError with the ranks' last words, or when there is no end after `limit_s` seconds.
     """
-    rank = ["-m", "knl", "run", "--", sys.executable, "-m", module, json.dumps(wanted)]
+    run = ["-m", "knl", "run", *(["--profile", str(profile)] if profile else [])]
+    rank = [*run, "--", sys.executable, "-m", module, json.dumps(wanted)]
     command, environment = ranks_command(ranks, rank, environment, planned=True)
     out = output(command, environment, limit_s, module)
     found = [line for line in out.splitlines() if line.startswith("{")]

@@ -32,7 +32,8 @@ _PACKAGES = (
 @dataclass(frozen=True)
 class StepMetrics:
     """One step. Times in seconds: `t_data` waiting for samples, `t_compute` forward and backward,
-    `t_comm_exposed` waiting for gradients after backward, `t_optim` the update."""
+    `t_forward` of it forward alone, `t_comm_exposed` waiting for gradients after backward,
+    `t_optim` the update."""
 
     step: int
     epoch: float
@@ -41,6 +42,7 @@ class StepMetrics:
     images_per_s: float
     t_data: float
     t_compute: float
+    t_forward: float
     t_comm_exposed: float
     t_optim: float
     trust_min: float

@@ -109,7 +109,7 @@ class Trainer:
         epoch, step_in_epoch = divmod(step, self.lanes.steps_per_epoch)
         lr = lr_at(self.recipe.schedule, self.epoch_at(step), self.recipe.train.epochs)
         began = time.perf_counter()
-        t_data = 0.0
+        t_data = t_forward = 0.0
         losses: list[float] = []
         self.sync.zero()
         for number, lane in enumerate(self.my_lanes):
@@ -117,9 +117,11 @@ class Trainer:
             samples = self.lanes.batch(epoch, step_in_epoch, lane)
             batch = self.dataset.train_batch(samples, epoch)
             images, labels = to_tensors(batch, self.recipe.train.layout)
-            t_data += time.perf_counter() - asked
+            given = time.perf_counter()
             lane_loss = self._forward(step, number, lane, images, labels)
             losses.append(float(lane_loss.item()))
+            t_data += given - asked
+            t_forward += time.perf_counter() - given
             if number == len(self.my_lanes) - 1:
                 self.sync.carried.fill_(sum(losses))
                 self.sync.arm()
@@ -140,6 +142,7 @@ class Trainer:
             images_per_s=self.lanes.global_batch / (ended - began),
             t_data=t_data,
             t_compute=computed - began - t_data,
+            t_forward=t_forward,
             t_comm_exposed=self.sync.waited,
             t_optim=ended - computed - self.sync.waited,
             trust_min=report.trust_min,

@@ -62,14 +62,7 @@ class Bench:
     ) -> Measured:
         """Run the steps and one to warm up. `choices`: None for as-is; `limit_s`: seconds after
         which it counts as hanging; `hopeless`: judges the first step after the warm-up."""
-        with _folder() as folder:
-            command, environment = self._command(choices, folder)
-            with (
-                (folder / "stderr").open("wb") as stderr,
-                child(command, environment, folder, stderr) as process,
-            ):
-                measured = _follow(process, self.steps, limit_s, hopeless)
-            return _explained(measured, folder / "stderr")
+        return measure(lambda folder: self._command(choices, folder), self.steps, limit_s, hopeless)
 
     def profile(
         self, choices: Choices, gain: Gain | None = None, trials: Sequence[Trial] = ()
@@ -101,6 +94,24 @@ class Bench:
         if ranks == 1:
             return [sys.executable, *run], dict(self.environment)
         return ranks_command(ranks, run, self.environment, planned=True)
+
+
+def measure(
+    command_in: Callable[[Path], tuple[list[str], dict[str, str]]],
+    steps: int,
+    limit_s: float,
+    hopeless: Callable[[float], bool] = lambda step_s: False,
+) -> Measured:
+    """Run a command that tells its steps as knl.tune.steps does. `command_in`: makes it and its
+    environment, given a folder for its files."""
+    with _folder() as folder:
+        command, environment = command_in(folder)
+        with (
+            (folder / "stderr").open("wb") as stderr,
+            child(command, environment, folder, stderr) as process,
+        ):
+            measured = _follow(process, steps, limit_s, hopeless)
+        return _explained(measured, folder / "stderr")
 
 
 @contextlib.contextmanager
