@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NoReturn, Optional
 import typer
 
 from knl import __version__, cli_bench, cli_node
+from knl.comm.watchdog import end_job
 from knl.comm.world import SINGLE, Provider, World, world_from
 from knl.errors import FailedError, InputError, KnlError, say
 
@@ -236,8 +237,6 @@ def _fail(message: str, code: int, *, shared: bool) -> NoReturn:
     if world.rank == 0 or not shared:
         who = f"rank {world.rank}: " if world.size > 1 and not shared else ""
         say(f"{who}{message}")
-    mpi = sys.modules.get("mpi4py.MPI")
-    if mpi is not None and world.size > 1 and not shared:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the line above says more than MPI's own
-        mpi.COMM_WORLD.Abort(code)
+    if world.size > 1 and not shared:
+        end_job(code)
     sys.exit(code)

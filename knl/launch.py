@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from knl.errors import InputError
+from knl.ranks_watch import RanksWatch, job_status
 
 # Set in a process that was started again with the libraries' environment.
 _READY = "KNL_ENVIRONMENT_READY"
@@ -94,17 +98,28 @@ def launch(ranks: int, arguments: Sequence[str], columns: int | None, *, planned
     bind themselves by a plan. Signals that end a job reach the ranks. Raises InputError when there
     is no MPI.
     """
+    watched = find_mpi(os.environ).kind == "intel"
     command, environment = ranks_command(ranks, ["-m", "knl", *arguments], os.environ, planned)
     if not planned:
         threads = max(1, len(os.sched_getaffinity(0)) // ranks)
         environment.setdefault("OMP_NUM_THREADS", str(threads))
     if columns:
         environment["KNL_TERMINAL_COLUMNS"] = str(columns)
+    if watched:
+        command.insert(1, "-disable-auto-cleanup")  # RanksWatch does it
     try:
-        with subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL) as process:
-            return _wait(process)
+        process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
+        )
     except OSError as error:
         raise InputError(f"{command[0]} does not start: {error.strerror}") from None
+    with process:
+        copier = threading.Thread(target=_copy_result, args=(process.stdout,), daemon=True)
+        copier.start()
+        with _signals_to(process):
+            status, dead = RanksWatch(process, ranks).wait() if watched else (process.wait(), "")
+        copier.join()
+    return job_status(shell_status(status), dead)
 
 
 def ranks_command(
@@ -127,8 +142,17 @@ def ranks_command(
     return [str(mpi.mpiexec), *here, "-n", str(ranks), sys.executable, *arguments], wanted
 
 
-def _wait(process: subprocess.Popen[bytes]) -> int:
-    """Wait, passing on the signals that end a job."""
+def _copy_result(pipe: IO[bytes]) -> None:
+    """Hand on what the ranks print, which is a result; not mpiexec's box about ended ranks."""
+    for line in pipe:
+        if line.strip() and not line.startswith(b"="):
+            sys.stdout.buffer.write(line)
+            sys.stdout.buffer.flush()
+
+
+@contextlib.contextmanager
+def _signals_to(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Pass on the signals that end a job."""
     passed_on = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
     before = {number: signal.getsignal(number) for number in (*passed_on, signal.SIGINT)}
     for number in passed_on:
@@ -136,11 +160,10 @@ def _wait(process: subprocess.Popen[bytes]) -> int:
     # A terminal sends Ctrl-C to mpiexec as well; wait for its end.
     signal.signal(signal.SIGINT, lambda *_: None)
     try:
-        status = process.wait()
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    return shell_status(status)
 
 
 def shell_status(returncode: int) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from knl.comm.collectives import Ranks, allreduce_numbers
+from knl.comm.collectives import Ranks, allreduce_numbers, waiting_for
 from knl.errors import FailedError
 
 Named = Sequence[tuple[str, torch.Tensor]]
@@ -34,15 +34,15 @@ def require_same_layout(ranks: Ranks, named: Named, timeout: float) -> None:
     layouts = [
         zlib.crc32(f"{name} {tuple(t.shape)} {t.stride()} {t.dtype}".encode()) for name, t in named
     ]
-    _require_same(ranks, ["the number of tensors"], [len(named)], "the models differ", timeout)
-    _require_same(ranks, [name for name, _ in named], layouts, "the models differ", timeout)
+    _require_same(ranks, ["the number of tensors"], [len(named)], "the models", timeout)
+    _require_same(ranks, [name for name, _ in named], layouts, "the models", timeout)
 
 
 def require_same_weights(ranks: Ranks, named: Named, when: str, timeout: float) -> str:
     """Raise FailedError on every rank, naming the first tensor whose bytes differ from rank 0's,
     and the ranks that differ. Returns the checksum of all weights."""
     values = checksums(named)
-    _require_same(ranks, [name for name, _ in named], values, f"the weights {when} differ", timeout)
+    _require_same(ranks, [name for name, _ in named], values, f"the weights {when}", timeout)
     return combined(values)
 
 
@@ -52,18 +52,19 @@ def _require_same(
     if ranks.world.size == 1:
         return
     first = torch.tensor(list(values), dtype=torch.int64)
-    ranks.collectives.broadcast(first, root=0)
+    with waiting_for(f"checksums of {what}, as rank 0 has them"):
+        ranks.collectives.broadcast(first, root=0)
     differing = [i for i, value in enumerate(first.tolist()) if value != values[i]]
     # Each rank reports the number of its first differing tensor, counted from 1, in its own place.
     found = [0.0] * ranks.world.size
     found[ranks.world.rank] = float(differing[0] + 1) if differing else 0.0
-    found = allreduce_numbers(ranks.collectives, found, timeout)
+    found = allreduce_numbers(ranks.collectives, found, timeout, f"checksums of {what}, compared")
     wrong = [rank for rank, number in enumerate(found) if number]
     if wrong:
         label = labels[int(min(found[rank] for rank in wrong)) - 1]
         listed = ", ".join(map(str, wrong[:8])) + (" ..." if len(wrong) > 8 else "")
         raise FailedError(
-            f"{what} between rank 0 and rank(s) {listed}, first in {label}: "
+            f"{what} differ between rank 0 and rank(s) {listed}, first in {label}: "
             "check that all nodes run the same version, then restart from the last checkpoint",
             shared=True,
         )

@@ -7,15 +7,26 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Protocol, TypeVar
 
-from knl.comm.world import World
+from knl.comm.roll_call import (
+    MpiReports,
+    Place,
+    RollCall,
+    StoreReports,
+    own_place,
+    siblings_missing,
+)
+from knl.comm.watchdog import START_LIMIT, limit, start_timeout
+from knl.comm.world import SINGLE, World
 from knl.errors import FailedError, InputError, KnlError
 
-_TIMEOUT_S = 300.0
 _Result = TypeVar("_Result")
 
 
 class Bootstrap(Protocol):
-    """What providers need in order to open."""
+    """What providers need in order to open. Whoever waits longer than KNL_START_TIMEOUT_S for the
+    other ranks ends the job."""
+
+    roll_call: RollCall
 
     def broadcast(self, data: bytes) -> bytes:
         """Rank 0's bytes, on every rank."""
@@ -26,6 +37,9 @@ class Bootstrap(Protocol):
 
 class SingleBootstrap:
     """A world of one agrees with itself."""
+
+    def __init__(self) -> None:
+        self.roll_call = RollCall(SINGLE, [own_place()], None)
 
     def broadcast(self, data: bytes) -> bytes:
         return data
@@ -40,11 +54,13 @@ class MpiBootstrap:
     def __init__(self, world: World) -> None:
         if world.launcher == "openmpi":  # else mpi4py would take the stack's Intel MPI
             os.environ.setdefault("MPI4PY_MPIABI", "openmpi")
+        self._rank, self._timeout = world.rank, start_timeout()
         try:
-            from mpi4py import MPI
+            with limit("start of MPI", self._timeout, world.rank, self._before_mpi(world)):
+                from mpi4py import MPI
         except (ImportError, RuntimeError) as error:
             raise FailedError(
-                f"MPI cannot be loaded ({_first_line(error)}): install a stack "
+                f"MPI cannot be loaded ({first_line(error)}): install a stack "
                 "(pip install '.[modern]' in knl's folder) or load your site's MPI module"
             ) from None
         self.comm = MPI.COMM_WORLD
@@ -55,12 +71,26 @@ class MpiBootstrap:
                 f"rank {self.comm.rank} of {self.comm.size}: start the job with that MPI's own "
                 "mpiexec (or srun --mpi=pmi2 and I_MPI_PMI_LIBRARY=<path of libpmi2.so>)"
             )
+        with limit("start of MPI", self._timeout, world.rank, self._before_mpi(world)):
+            here = own_place()
+            places = [Place(*place) for place in self.comm.allgather((here.host, here.pid))]
+            self.roll_call = RollCall(world, places, MpiReports(self.comm))
 
     def broadcast(self, data: bytes) -> bytes:
-        return self.comm.bcast(data, root=0)  # type: ignore[no-any-return]
+        with limit("start of the ranks", self._timeout, self._rank, self.roll_call.tell):
+            return self.comm.bcast(data, root=0)  # type: ignore[no-any-return]
 
     def gather(self, text: str) -> list[str]:
-        return self.comm.allgather(text)  # type: ignore[no-any-return]
+        with limit("start of the ranks", self._timeout, self._rank, self.roll_call.tell):
+            return self.comm.allgather(text)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def _before_mpi(world: World) -> Callable[[str], str | None]:
+        def tell(problem: str) -> str | None:
+            missing, lowest = siblings_missing(world)
+            return f"{problem}: {missing}" if lowest else None
+
+        return tell
 
 
 class StoreBootstrap:
@@ -79,23 +109,46 @@ class StoreBootstrap:
         # torchrun keeps the store itself; a launcher that only sets variables leaves it to rank 0.
         served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         self.world = world
-        self.store = TCPStore(
-            host, port, world.size, world.rank == 0 and not served, timedelta(seconds=_TIMEOUT_S)
-        )
         self.turn = 0
+        try:
+            self.store = TCPStore(
+                host,
+                port,
+                world.size,
+                world.rank == 0 and not served,
+                timedelta(seconds=start_timeout()),
+            )
+        except RuntimeError as error:
+            raise FailedError(
+                f"{host}:{port}, the store of the ranks: {first_line(error)}"
+            ) from None
+        here = own_place()
+        texts = [text.rpartition(" ") for text in self.gather(f"{here.host} {here.pid}")]
+        places = [Place(name, int(pid)) for name, _, pid in texts]
+        self.roll_call = RollCall(world, places, StoreReports(self.store, world.rank))
 
     def broadcast(self, data: bytes) -> bytes:
         self.turn += 1
         key = f"knl/{self.turn}"
         if self.world.rank == 0:
             self.store.set(key, data)
-        return self.store.get(key)  # type: ignore[no-any-return]
+        return self._get(key, 0)
 
     def gather(self, text: str) -> list[str]:
         self.turn += 1
         self.store.set(f"knl/{self.turn}/{self.world.rank}", text)
-        keys = (f"knl/{self.turn}/{rank}" for rank in range(self.world.size))
-        return [self.store.get(key).decode() for key in keys]
+        return [
+            self._get(f"knl/{self.turn}/{rank}", rank).decode() for rank in range(self.world.size)
+        ]
+
+    def _get(self, key: str, rank: int) -> bytes:
+        try:
+            return self.store.get(key)  # type: ignore[no-any-return]
+        except RuntimeError as error:
+            raise FailedError(
+                f"start of the ranks: nothing from rank {rank} ({first_line(error)}): look at its "
+                f"host, then start the job again {START_LIMIT}"
+            ) from None
 
 
 def open_bootstrap(world: World) -> Bootstrap:
@@ -131,5 +184,6 @@ def mpi_version() -> str:
     return first.split(",")[0].replace(" for Linux* OS", "").strip("\0 ")  # type: ignore[no-any-return]
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an exception says, in one line."""
     return (str(error).splitlines() or [type(error).__name__])[0]

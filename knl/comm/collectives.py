@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, get_args
 
 import torch
 
 from knl.comm.bootstrap import Bootstrap
+from knl.comm.watchdog import limit, start_timeout
 from knl.comm.world import Provider, World
-from knl.errors import FailedError
+from knl.errors import CollectiveTimeoutError, FailedError
 
 PROVIDERS = tuple(name for name in get_args(Provider) if name != "auto")
 
@@ -92,13 +94,23 @@ class Alone:
         return
 
 
+@contextlib.contextmanager
+def waiting_for(what: str) -> Iterator[None]:
+    """A CollectiveTimeoutError from in here begins with `what` was waited for."""
+    try:
+        yield
+    except CollectiveTimeoutError as error:
+        raise CollectiveTimeoutError(f"{what}: {error}") from None
+
+
 def open_ranks(
     world: World, bootstrap: Bootstrap, provider: str, timeout: float, *, shared: bool = True
 ) -> Ranks:
     """Open `provider`, or with "auto" the first of PROVIDERS that works on every rank.
 
-    `timeout`: seconds after which gloo and torch_ccl give a collective up; `shared`: whether ranks
-    of a node sum in memory that they share (knl.comm.node), where they can.
+    `timeout`: seconds after which a provider gives up a collective that has no limit of its own;
+    `shared`: whether ranks of a node sum in memory that they share (knl.comm.node), where they
+    can.
     Raises FailedError when the provider asked for, or every provider, is unavailable.
     """
     from knl.comm.node import share_node
@@ -134,7 +146,9 @@ def _open_on_all(name: str, world: World, bootstrap: Bootstrap, timeout: float) 
         if text:
             raise ProviderUnavailable(text if all(problems) else f"rank {rank}: {text}")
     assert opener is not None  # it loaded here, or there was a problem
-    return opener()
+    waiting = limit(f"opening {name}", start_timeout(), world.rank, bootstrap.roll_call.tell)
+    with waiting, waiting_for(f"opening {name}"):
+        return opener()
 
 
 def _load(
@@ -144,20 +158,22 @@ def _load(
     if name == "oneccl":
         from knl.comm import oneccl
 
-        return oneccl.load(world, bootstrap)
+        return oneccl.load(world, bootstrap, timeout)
     if name == "mpi":
         from knl.comm import mpi
 
-        return mpi.load(bootstrap)
+        return mpi.load(bootstrap, timeout)
     from knl.comm import torch_dist
 
     return torch_dist.load(name, world, bootstrap, timeout)
 
 
 def allreduce_numbers(
-    collectives: Collectives, numbers: Sequence[float], timeout: float
+    collectives: Collectives, numbers: Sequence[float], timeout: float, what: str
 ) -> list[float]:
-    """The sums over ranks of a few numbers, in double precision."""
+    """The sums over ranks of a few numbers, in double precision. Raises CollectiveTimeoutError
+    that begins with `what`."""
     tensor = torch.tensor(list(numbers), dtype=torch.float64)
-    collectives.allreduce(tensor).wait(timeout)
+    with waiting_for(what):
+        collectives.allreduce(tensor).wait(timeout)
     return tensor.tolist()  # type: ignore[no-any-return]

@@ -16,9 +16,8 @@ from typing import Any, Optional
 import torch
 
 from knl.comm.agreement import Named, flat, require_same_layout
-from knl.comm.collectives import Handle, Ranks
+from knl.comm.collectives import Handle, Ranks, waiting_for
 from knl.comm.node import SharedNode
-from knl.errors import CollectiveTimeoutError
 
 Arrival = tuple[Sequence[int], Sequence[Optional[torch.Tensor]]]
 
@@ -75,8 +74,9 @@ class GradientSync:
         if ranks.world.size == 1:
             return
         require_same_layout(ranks, named, timeout)
-        for _, parameter in named:
-            ranks.collectives.broadcast(flat(parameter), root=0)
+        for name, parameter in named:
+            with waiting_for(f"rank 0's first {name}"):
+                ranks.collectives.broadcast(flat(parameter), root=0)
         # Until the first backward has shown the order, take the reverse of the definition.
         self._lay_out(range(len(self.parameters) - 1, -1, -1))
         self._nodes = [self._hook(number) for number in range(len(self.parameters))]
@@ -125,15 +125,9 @@ class GradientSync:
 
     def _wait(self, number: int, bucket: Bucket) -> None:
         assert bucket.handle is not None  # started by arrivals
-        try:
+        first = self.names[bucket.members[0]]
+        with waiting_for(f"gradient bucket {number + 1} of {len(self.buckets)} (from {first})"):
             bucket.handle.wait(self.timeout)
-        except CollectiveTimeoutError as error:
-            raise CollectiveTimeoutError(
-                f"gradient bucket {number + 1} of {len(self.buckets)} "
-                f"(from {self.names[bucket.members[0]]}) on rank {self.ranks.world.rank} of "
-                f"{self.ranks.world.size}: {error}; a rank is gone, stopped or late "
-                "(comm.timeout_s sets the limit)"
-            ) from None
 
     def _hook(self, number: int) -> Any:
         # The node exists as long as somebody holds it, so it is returned to be kept.

@@ -13,11 +13,11 @@ from knl.comm.collectives import ProviderUnavailable
 from knl.errors import CollectiveTimeoutError
 
 
-def load(bootstrap: Bootstrap) -> Callable[[], Mpi]:
+def load(bootstrap: Bootstrap, timeout: float) -> Callable[[], Mpi]:
     """Raises ProviderUnavailable where MPI did not launch the ranks."""
     if not isinstance(bootstrap, MpiBootstrap):
         raise ProviderUnavailable("needs an MPI launch, this is torchrun")
-    return lambda: Mpi(bootstrap.comm)
+    return lambda: Mpi(bootstrap.comm, timeout)
 
 
 class _Request:
@@ -42,11 +42,12 @@ class Mpi:
 
     name = "mpi"
 
-    def __init__(self, comm: Any) -> None:
+    def __init__(self, comm: Any, timeout: float) -> None:
         from mpi4py import MPI
 
         # A communicator of our own, so that nothing else on COMM_WORLD can meet our messages.
         self._comm, self._in_place = comm.Dup(), MPI.IN_PLACE
+        self._timeout = timeout
         self.version = mpi_version()
 
     def split(self, groups: Sequence[Sequence[int]]) -> Mpi:
@@ -54,7 +55,7 @@ class Mpi:
         number = next(n for n, group in enumerate(groups) if self._comm.rank in group)
         part = self._comm.Split(number, groups[number].index(self._comm.rank))
         try:
-            return Mpi(part)
+            return Mpi(part, self._timeout)
         finally:
             part.Free()
 
@@ -62,10 +63,10 @@ class Mpi:
         return _Request(self._comm.Iallreduce(self._in_place, tensor.numpy()))
 
     def broadcast(self, tensor: torch.Tensor, root: int) -> None:
-        self._comm.Bcast(tensor.numpy(), root)
+        _Request(self._comm.Ibcast(tensor.numpy(), root)).wait(self._timeout)
 
     def barrier(self) -> None:
-        self._comm.Barrier()
+        _Request(self._comm.Ibarrier()).wait(self._timeout)
 
     def close(self) -> None:
         self._comm.Free()

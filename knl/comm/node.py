@@ -197,7 +197,7 @@ class _Round:
         if not late:
             return f"not done after {timeout:g} s"
         listed = ", ".join(map(str, late[:8])) + (" ..." if len(late) > 8 else "")
-        return f"not done after {timeout:g} s: rank(s) {listed} of this node did not come"
+        return f"not done after {timeout:g} s, rank(s) {listed} of this node did not come"
 
 
 def _declare(kernels: ctypes.CDLL) -> ctypes.CDLL:

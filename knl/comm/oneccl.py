@@ -19,10 +19,9 @@ from knl.errors import CollectiveTimeoutError, FailedError, KnlError
 # The numbers of ccl::datatype (oneapi/ccl/types.hpp).
 _DATATYPES = {torch.int32: 4, torch.int64: 6, torch.float32: 9, torch.float64: 10}
 _ADDRESS_BYTES = 256
-_FOREVER_S = 300.0
 
 
-def load(world: World, bootstrap: Bootstrap) -> Callable[[], OneCcl]:
+def load(world: World, bootstrap: Bootstrap, timeout: float) -> Callable[[], OneCcl]:
     """Load libccl.so.1 and the binding. Raises ProviderUnavailable with the reason."""
     if world.launcher != "mpi":
         raise ProviderUnavailable(f"needs an Intel MPI or MPICH launch, this is {world.launcher}")
@@ -31,7 +30,7 @@ def load(world: World, bootstrap: Bootstrap) -> Callable[[], OneCcl]:
         library = _declare(native.load_ccl(libccl))
     except (OSError, KnlError) as error:
         raise ProviderUnavailable(str(error)) from None
-    return lambda: OneCcl(library, world, bootstrap)
+    return lambda: OneCcl(library, world, bootstrap, timeout)
 
 
 def find_libccl() -> Path:
@@ -86,9 +85,11 @@ class OneCcl:
         library: ctypes.CDLL,
         world: World,
         bootstrap: Bootstrap,
+        timeout: float,
         groups: Sequence[Sequence[int]] | None = None,
     ) -> None:
         self._library, self._world, self._bootstrap = library, world, bootstrap
+        self._timeout = timeout
         text = ctypes.create_string_buffer(128)
         # oneCCL would warn that CCL_LOG_LEVEL, by which knl.launch has fewer warnings, is set.
         with native.stdout_without("CCL_LOG_LEVEL"):
@@ -105,7 +106,7 @@ class OneCcl:
 
     def split(self, groups: Sequence[Sequence[int]]) -> OneCcl:
         """Collectives within each of these groups of ranks, which share all ranks out."""
-        return OneCcl(self._library, self._world, self._bootstrap, groups)
+        return OneCcl(self._library, self._world, self._bootstrap, self._timeout, groups)
 
     def allreduce(self, tensor: torch.Tensor, priority: int = 0) -> _Event:
         """Of several under way the one of the highest `priority` goes first, where
@@ -127,10 +128,10 @@ class OneCcl:
         event = self._library.knl_ccl_broadcast(
             self._comm, tensor.data_ptr(), tensor.numel(), _DATATYPES[tensor.dtype], root
         )
-        _Event(self._library, event, tensor).wait(_FOREVER_S)
+        _Event(self._library, event, tensor).wait(self._timeout)
 
     def barrier(self) -> None:
-        _Event(self._library, self._library.knl_ccl_barrier(self._comm), None).wait(_FOREVER_S)
+        _Event(self._library, self._library.knl_ccl_barrier(self._comm), None).wait(self._timeout)
 
     def close(self) -> None:
         if self._comm:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from knl.comm.bootstrap import Bootstrap, StoreBootstrap
+from knl.comm.bootstrap import Bootstrap, StoreBootstrap, first_line
 from knl.comm.collectives import ProviderUnavailable
 from knl.comm.world import World
 from knl.errors import CollectiveTimeoutError, FailedError
@@ -57,10 +57,7 @@ class _Work:
         try:
             self._work.wait(timedelta(seconds=timeout))
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            if "imed out" in reason or "imeout" in reason:
-                raise CollectiveTimeoutError(f"not done after {timeout:g} s") from None
-            raise FailedError(f"torch.distributed: {reason}") from None
+            raise _failure(error, timeout) from None
 
 
 class TorchDist:
@@ -69,7 +66,7 @@ class TorchDist:
     def __init__(
         self, name: str, version: str, world: World, bootstrap: Bootstrap, timeout: float
     ) -> None:
-        self.name, self.version = name, version
+        self.name, self.version, self._timeout = name, version, timeout
         if world.size == world.local_size:
             # One host: loopback works whatever the host's name resolves to.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -83,16 +80,29 @@ class TorchDist:
         )
 
     def allreduce(self, tensor: torch.Tensor, priority: int = 0) -> _Work:
-        return _Work(dist.all_reduce(tensor, async_op=True))
+        try:
+            return _Work(dist.all_reduce(tensor, async_op=True))
+        except RuntimeError as error:
+            raise _failure(error, self._timeout) from None
 
     def broadcast(self, tensor: torch.Tensor, root: int) -> None:
-        dist.broadcast(tensor, root)
+        _Work(dist.broadcast(tensor, root, async_op=True)).wait(self._timeout)
 
     def barrier(self) -> None:
-        dist.barrier()
+        _Work(dist.barrier(async_op=True)).wait(self._timeout)
 
     def close(self) -> None:
         dist.destroy_process_group()
+
+
+def _failure(error: RuntimeError, timeout: float) -> FailedError:
+    """A backend's own words, told as what they mean: a rank that has died closes its sockets."""
+    reason = first_line(error)
+    if "imed out" in reason or "imeout" in reason:
+        return CollectiveTimeoutError(f"not done after {timeout:g} s")
+    if "onnection" in reason or "roken pipe" in reason:
+        return CollectiveTimeoutError("a rank has closed its connections")
+    return FailedError(f"torch.distributed: {reason}")
 
 
 def _meet(world: World, bootstrap: Bootstrap, timeout: timedelta) -> Any:

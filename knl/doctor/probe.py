@@ -159,7 +159,7 @@ def _oneccl(world: World) -> dict[str, str]:
     from knl.comm import oneccl
     from knl.comm.bootstrap import SingleBootstrap
 
-    oneccl.load(world, SingleBootstrap())
+    oneccl.load(world, SingleBootstrap(), 1.0)
     path, text = oneccl.find_libccl(), ctypes.create_string_buffer(128)
     native.load_ccl(path).knl_ccl_version(text, ctypes.c_size_t(len(text)))
     version = text.value.decode().split(" ")[0].replace("Gold-", "")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from knl.comm.agreement import flat
-from knl.comm.collectives import Ranks
+from knl.comm.collectives import Ranks, waiting_for
 
 
 class RunningStatistics:
@@ -39,7 +39,8 @@ class RunningStatistics:
             assert norm.running_mean is not None and norm.running_var is not None
             buffers += [norm.running_mean, norm.running_var]
         joined = torch.cat([flat(buffer) for buffer in buffers]) * (self.local / self.lanes)
-        ranks.collectives.allreduce(joined).wait(timeout)
+        with waiting_for("running statistics for an evaluation"):
+            ranks.collectives.allreduce(joined).wait(timeout)
         parts = joined.split([buffer.numel() for buffer in buffers])
         for buffer, part in zip(buffers, parts):
             buffer.copy_(part)

@@ -40,5 +40,5 @@ def evaluate(
         first += int(guesses[:, 0].sum())
         five += int(guesses.sum())
     model.train()
-    sums = allreduce_numbers(ranks.collectives, [first, five, loss], timeout)
+    sums = allreduce_numbers(ranks.collectives, [first, five, loss], timeout, "evaluation")
     return Evaluation(*(total / dataset.test_samples for total in sums))

@@ -18,7 +18,7 @@ from knl.comm.collectives import Ranks, open_ranks
 from knl.comm.world import World
 from knl.config import Recipe, load_recipe, require_ranks_fit
 from knl.data.dataset import open_dataset
-from knl.errors import InputError
+from knl.errors import CollectiveTimeoutError, InputError, KnlError
 from knl.train.metrics import RunDirectory, default_run_dir
 from knl.train.progress import Display, open_console
 from knl.train.trainer import Outcome, Trainer, set_interop_threads, train
@@ -39,6 +39,23 @@ def run_job(
     began = time.perf_counter()
     set_interop_threads()
     recipe = together(bootstrap, lambda: _load(name, overrides, world.size))
+    try:
+        return _run(world, bootstrap, recipe, run_dir, provider, began)
+    except CollectiveTimeoutError as error:
+        raise CollectiveTimeoutError(
+            f"{bootstrap.roll_call.tell(str(error))}: look there, then start the job again from "
+            "its last checkpoint (comm.timeout_s sets the limit)"
+        ) from None
+
+
+def _run(
+    world: World,
+    bootstrap: Bootstrap,
+    recipe: Recipe,
+    run_dir: Path | None,
+    provider: str,
+    began: float,
+) -> dict[str, Any] | None:
     ranks = open_ranks(world, bootstrap, provider, recipe.comm.timeout_s)
     try:
         hosts = bootstrap.gather(platform.node())
@@ -51,8 +68,11 @@ def run_job(
                 lambda: RunDirectory(path, recipe, ranks, hosts) if world.rank == 0 else None,
             )
         outcome = _train(trainer, run, ranks)
-    finally:
-        ranks.collectives.close()
+    except KnlError as error:
+        if error.shared:  # else ranks may be gone, and closing waits for them
+            ranks.collectives.close()
+        raise
+    ranks.collectives.close()
     if run is None:
         return None
     return _result(recipe, ranks, path, outcome, time.perf_counter() - began)

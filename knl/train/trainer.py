@@ -190,7 +190,7 @@ class Trainer:
         flags = [0.0] * self.recipe.train.lanes
         for lane, loss in zip(self.my_lanes, losses):
             flags[lane] = float(not math.isfinite(loss))
-        flags = allreduce_numbers(self.ranks.collectives, flags, self.timeout)
+        flags = allreduce_numbers(self.ranks.collectives, flags, self.timeout, "diagnosis")
         lanes = [str(lane) for lane, flag in enumerate(flags) if flag]
         where = (
             f"the loss of lane(s) {', '.join(lanes[:8])}" if lanes else "no lane's loss, but sums"

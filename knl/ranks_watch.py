@@ -1,0 +1,120 @@
+"""Watches the ranks that an mpiexec on this host started, and ends them when one of them dies.
+
+mpiexec itself does so only once the ranks have met in MPI, and then does not tell which died first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from knl.errors import say
+
+_POLL_S = 0.1
+_SIGNAL_GRACE_S = 1.0  # an abort kills the ranks, too: then none is left to be ended
+_STATUS_GRACE_S = 5.0  # for the others to fail by themselves
+_END_S = 10.0
+_SPOKEN = (1, 2, 75)  # statuses with which a rank has said why
+
+
+@dataclass
+class RanksWatch:
+    """The ranks below `mpiexec`, which is not to clean up by itself."""
+
+    mpiexec: subprocess.Popen[bytes]
+    ranks: int
+    pids: dict[int, int] = field(default_factory=dict)  # by rank
+    ended: dict[int, int] = field(default_factory=dict)  # by rank: as waitpid has it
+
+    def wait(self) -> tuple[int, str]:
+        """mpiexec's status, and which rank died when one did: "" where the ranks speak for
+        themselves."""
+        first_s, dead = 0.0, ""
+        while self.mpiexec.poll() is None:
+            if len(self.pids) < self.ranks:
+                self._find()
+            bad = {rank: status for rank, status in self._ended().items() if status != 0}
+            if not bad:
+                time.sleep(_POLL_S)
+                continue
+            first_s = first_s or time.monotonic()
+            rank, status = next(iter(bad.items()))
+            dead = dead or _how(rank, status)
+            grace = _SIGNAL_GRACE_S if os.WIFSIGNALED(status) else _STATUS_GRACE_S
+            if time.monotonic() - first_s > grace and len(self.ended) < len(self.pids):
+                self._end()
+                return self.mpiexec.returncode, dead
+            time.sleep(_POLL_S)
+        return self.mpiexec.returncode, dead if self.mpiexec.returncode not in (0, *_SPOKEN) else ""
+
+    def _find(self) -> None:
+        """The ranks are the children of mpiexec's children, and their variables say which."""
+        parents = {}
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                parents[int(process.name)] = int(_stat(int(process.name))[1])
+        for pid, parent in parents.items():
+            if parents.get(parent) != self.mpiexec.pid:
+                continue
+            with contextlib.suppress(OSError):
+                for variable in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                    name, _, value = variable.partition(b"=")
+                    if name == b"PMI_RANK":
+                        self.pids[int(value)] = pid
+
+    def _ended(self) -> dict[int, int]:
+        """Ranks that have ended, the first to be seen first. They stay zombies as long as others
+        run, so that their status can be read."""
+        for rank, pid in self.pids.items():
+            if rank not in self.ended:
+                with contextlib.suppress(OSError):
+                    stat = _stat(pid)
+                    if stat[0] == "Z":
+                        self.ended[rank] = int(stat[-1])
+        return self.ended
+
+    def _end(self) -> None:
+        """A stopped rank obeys SIGKILL alone; mpiexec ends when they have."""
+        for rank, pid in self.pids.items():
+            if rank not in self.ended:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                self.mpiexec.wait(timeout=_END_S)
+            except subprocess.TimeoutExpired:
+                self.mpiexec.send_signal(number)
+        self.mpiexec.wait()
+
+
+def _stat(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat from the state on; the last is the status of a zombie."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
+def _how(rank: int, status: int) -> str:
+    """How a rank ended, where it has not said so itself."""
+    if os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        memory = ", out of memory?" if number == signal.SIGKILL else ""
+        return f"rank {rank} was killed by signal {number} ({signal.strsignal(number)}{memory})"
+    code = os.WEXITSTATUS(status)
+    return "" if code in _SPOKEN else f"rank {rank} ended with status {code}"
+
+
+def job_status(status: int, dead: str) -> int:
+    """The job's exit status from mpiexec's; tells what no rank has told. mpiexec joins the ranks'
+    statuses bit by bit."""
+    if dead:
+        say(f"{dead}: the job was ended; see to the cause, then start it again")
+        return 1
+    if status in (0, *_SPOKEN):
+        return status
+    if status != 3:  # 1 and 2: ranks have said why
+        say(f"the ranks ended with status {status}: the job failed, start it again")
+    return 1
