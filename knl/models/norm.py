@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from knl import native
@@ -24,7 +25,8 @@ class BatchNorm(nn.BatchNorm2d):
     wanted: the same numbers as torch's modules one after another, up to rounding.
 
     In training on float32 in channels_last it runs knl's kernels, else torch's functions: for other
-    layouts and types, in evaluation, and under torch.compile, which fuses on its own.
+    layouts and types, in evaluation, and under torch.compile, which fuses on its own. The kernels'
+    gradient has none of its own: asking for it raises RuntimeError.
     """
 
     def __init__(self, channels: int, relu: bool) -> None:
@@ -86,7 +88,9 @@ class _Fused(torch.autograd.Function):
         ctx.relu, ctx.adds = relu, residual is not None
         return y
 
+    # The kernels leave no graph: a gradient of the gradient would be wrong and say nothing.
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         x, weight, bias, mean, inverse, *output = ctx.saved_tensors
         dy = dy.contiguous(memory_format=_CHANNELS_LAST)

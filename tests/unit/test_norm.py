@@ -159,3 +159,10 @@ def test_elsewhere_torchs_own_functions_give_the_same(case, monkeypatch):
 def test_one_value_a_channel_is_refused_as_by_torch():
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         made(3, True)(channels_last(1, 3, 1, 1))
+
+
+def test_a_gradient_of_the_gradient_is_refused_and_not_made_up():
+    x = channels_last(4, 6, 5, 5).requires_grad_()
+    (gradient,) = torch.autograd.grad(made(6, True)(x).pow(3).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.add(x).pow(2).sum().backward()
