@@ -20,14 +20,23 @@ PATIENCE_S = 60.0  # bounds a test that hangs
 
 @contextlib.contextmanager
 def clean() -> Iterator[None]:
-    """Nothing in here may leave a segment in shared memory. Other jobs may make and remove theirs
-    meanwhile, so what is new gets a moment to go."""
-    before = set(Path("/dev/shm").iterdir())
+    """Nothing in here may leave a segment in shared memory: a file that no process has mapped.
+    Other jobs may be about to map or remove theirs, so what is new gets a moment to go."""
+    before = unmapped()
     yield
     deadline = time.monotonic() + 10.0
-    while (new := set(Path("/dev/shm").iterdir()) - before) and time.monotonic() < deadline:
+    while (new := unmapped() - before) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not new
+
+
+def unmapped() -> set[str]:
+    """Files in shared memory that no process uses."""
+    files = {os.fspath(path) for path in Path("/dev/shm").iterdir()}
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):  # it has just ended
+            files -= {line.rpartition(" ")[2] for line in maps.read_text().splitlines()}
+    return files
 
 
 def until(true: Callable[[], object], job: Job) -> None:
