@@ -100,6 +100,23 @@ def allreduce(
     _print(bench(ranks, wanted, rounds or ROUNDS, os.environ), describe, as_json)
 
 
+@app.command()
+def sync(
+    ranks: int = typer.Option(2, "-n", min=2, help="Ranks to start on this host."),
+    recipe: str = typer.Option("resnet50-bench", help="Recipe whose network is used."),
+    images: int = typer.Option(2, min=1, help="Images of a rank."),
+    rounds: int = _ROUNDS,
+    as_json: bool = _JSON,
+) -> None:
+    """Backward and gradient sync: our layer beside DistributedDataParallel; and their overlap.
+
+    Example: knl bench sync -n 2 --images 4 --json
+    """
+    from knl.bench.sync import ROUNDS, bench, describe
+
+    _print(bench(ranks, recipe, images, rounds or ROUNDS, os.environ), describe, as_json)
+
+
 def _under_plan() -> None:
     """Measure as training would run: bound, in the plan's environment."""
     from knl.bind import PLAN
