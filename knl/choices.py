@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, Optional
+from typing import Annotated, Literal, Optional
 
 import msgspec
 
@@ -17,8 +17,15 @@ OpenMp = Literal["libgomp", "libiomp5"]
 MemoryChoice = Literal["auto", "none"]
 Layout = Literal["contiguous", "channels_last", "ipex"]
 Dtype = Literal["fp32", "bf16"]
-# CCL_ALLREDUCE; "" leaves the choice to oneCCL.
-Allreduce = Literal["", "rabenseifner", "ring", "nreduce", "2d", "direct", "recursive_doubling"]
+# Algorithms that oneCCL has for memory of the host.
+ALLREDUCE_ALGORITHMS = (
+    "nreduce", "rabenseifner", "ring", "2d", "direct", "recursive_doubling", "double_tree",
+)  # fmt: skip
+_ALGORITHM = f"(?:{'|'.join(ALLREDUCE_ALGORITHMS)})"
+_BY_SIZE = rf"{_ALGORITHM}:\d+-(?:\d+|max)"
+# CCL_ALLREDUCE: one algorithm, or one for each range of bytes (nreduce:0-65536;ring:65537-max); ""
+# leaves the choice to oneCCL.
+Allreduce = Annotated[str, msgspec.Meta(pattern=rf"^(?:|{_ALGORITHM}|{_BY_SIZE}(?:;{_BY_SIZE})*)$")]
 
 # File names, best first; a bare name is looked up in the folders of find_library.
 _LIBRARIES = {
@@ -34,7 +41,8 @@ class Choices(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     `reserve_cores`: of the node, kept from compute; `comm_workers`: of oneCCL, a rank; None for the
     rule's (knl.placement). `blocktime_ms`: how long an idle OpenMP thread spins. `hugepages`:
-    ask for transparent huge pages. `memory`: policy for MCDRAM or HBM in flat mode.
+    ask for transparent huge pages. `memory`: policy for MCDRAM or HBM in flat mode. `bucket_mb`: of
+    gradients that are summed together, in MiB.
     """
 
     ranks_per_node: int
@@ -42,6 +50,7 @@ class Choices(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     reserve_cores: Optional[int] = None
     comm_workers: Optional[int] = None
     allreduce: Allreduce = ""
+    bucket_mb: Annotated[float, msgspec.Meta(gt=0, le=1024)] = 16.0
     openmp: OpenMp = "libgomp"
     blocktime_ms: int = 200
     allocator: Allocator = "glibc"
@@ -57,10 +66,12 @@ def rule_choices(node: Topology, ranks: int, environment: Mapping[str, str]) -> 
 
     channels_last is worth 1.7 on torch 2, `ipex.optimize` 1.6 on torch 1.11; an allocator that
     keeps its pages another tenth at least. libiomp5 is Intel's own, made for KNL's many threads.
+    nreduce took 0.7 of the time of oneCCL's own choice for 102 MB in two ranks of a node.
     """
     iomp = node.is_intel and bool(find_library("libiomp5", environment))
     return Choices(
         ranks_per_node=ranks,
+        allreduce="nreduce" if ranks > 1 else "",
         openmp="libiomp5" if iomp else "libgomp",
         blocktime_ms=1 if iomp else 200,
         allocator=allocators(environment)[-1],

@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, Union, cast
 
 import msgspec
 import tomli_w
@@ -98,9 +98,10 @@ class Schedule(_Section, frozen=True):
 
 
 class Comm(_Section, frozen=True):
-    """Gradient sync. `timeout_s`: seconds to wait for the other ranks before giving the run up."""
+    """Gradient sync. `bucket_mb`: MiB of gradients that are summed together; "auto": what the node's
+    plan says. `timeout_s`: seconds to wait for the other ranks before giving the run up."""
 
-    bucket_mb: _AboveZero = 16.0
+    bucket_mb: Union[_AboveZero, Literal["auto"]] = "auto"
     first_bucket_mb: _AboveZero = 1.0
     timeout_s: _AboveZero = 300.0
 

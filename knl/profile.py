@@ -246,4 +246,18 @@ def plan_of_rank(
         plan = crowded_plan(node, world.local_size, environment)
         return plan, world.local_rank, f"plan by rule{unused}"
     plan, where = plan_for(node, world.local_size, path, environment, recipe)
+    if world.size > world.local_size:
+        plan = _between_nodes(plan)
     return plan, world.local_rank, where
+
+
+def _between_nodes(plan: Plan) -> Plan:
+    """Without the algorithm that was chosen within one node, over shared memory: oneCCL knows
+    better between nodes."""
+    env = {
+        name: setting
+        for name, setting in plan.env.items()
+        if setting.source == "user" or not name.startswith("CCL_ALLREDUCE")
+    }
+    choices = msgspec.structs.replace(plan.choices, allreduce="")
+    return msgspec.structs.replace(plan, choices=choices, env=env)

@@ -14,6 +14,8 @@ from knl.placement import Placement
 from knl.topology import Topology
 
 Source = Literal["rule", "profile", "user"]
+# 0.25 to 1 MiB took 0.8 of the time that oneCCL's own choice takes for 102 MB in two ranks.
+_SEGMENT_BYTES = 512 << 10
 # GLIBC_TUNABLES has glibc.malloc.hugetlb from here on.
 _GLIBC_WITH_HUGETLB = (2, 35)
 
@@ -41,6 +43,7 @@ def settings(
     rules.update(_oneccl(placements, choices))
     rules.update(_network(node, placements))
     rules["KNL_LAYOUT"] = (choices.layout, "layout of a recipe with train.layout = auto")
+    rules["KNL_BUCKET_MB"] = (f"{choices.bucket_mb:g}", "of a recipe with comm.bucket_mb = auto")
     rules["KNL_INTEROP_THREADS"] = ("1", "a network is one chain of operators: a second pool idles")
     found: dict[str, Setting] = {}
     for name, (value, reason) in sorted(rules.items()):
@@ -111,7 +114,12 @@ def _oneccl(placements: Sequence[Placement], choices: Choices) -> dict[str, tupl
     workers = choices.comm_workers or len(placements[0].comm)
     found: dict[str, tuple[str, str]] = {}
     if choices.allreduce:
-        found["CCL_ALLREDUCE"] = (choices.allreduce, "fastest algorithm measured")
+        found["CCL_ALLREDUCE"] = (choices.allreduce, "fastest algorithm measured within a node")
+    if "nreduce" in choices.allreduce:
+        found["CCL_ALLREDUCE_NREDUCE_SEGMENT_SIZE"] = (
+            str(_SEGMENT_BYTES),
+            "a segment is summed while it is in cache",
+        )
     found["CCL_WORKER_COUNT"] = (str(max(1, workers)), "oneCCL's threads a rank")
     if not workers:
         found["CCL_WORKER_OFFLOAD"] = ("0", "no CPU to give: the rank itself moves the data")

@@ -25,12 +25,13 @@ def run_ranks(
     profile: Path | None = None,
 ) -> dict[str, Any]:
     """Start `python -m module WANTED` (as JSON) as so many ranks on this host, each bound by the
-    plan (of `profile`, else as knl run has it); return the JSON object that rank 0 tells.
+    plan; return the JSON object that rank 0 tells. `profile`: the newest that fits, or the rule, if
+    not given.
 
     Raises FailedError with the ranks' last words, or when there is no end after `limit_s` seconds.
     """
-    run = ["-m", "knl", "run", *(["--profile", str(profile)] if profile else [])]
-    rank = [*run, "--", sys.executable, "-m", module, json.dumps(wanted)]
+    plan = ["--profile", str(profile)] if profile else []
+    rank = ["-m", "knl", "run", *plan, "--", sys.executable, "-m", module, json.dumps(wanted)]
     command, environment = ranks_command(ranks, rank, environment, planned=True)
     out = output(command, environment, limit_s, module)
     found = [line for line in out.splitlines() if line.startswith("{")]

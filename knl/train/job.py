@@ -7,7 +7,7 @@ import platform
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import torch
@@ -85,11 +85,22 @@ def _load(name: str, overrides: Sequence[str], size: int) -> Recipe:
         raise InputError(
             f"train.compile = true: torch {torch.__version__} has no torch.compile, which needs 2.0"
         )
-    if recipe.train.layout != "auto":
-        return recipe
-    layout = os.environ.get("KNL_LAYOUT", "channels_last")
-    train = msgspec.structs.replace(recipe.train, layout=layout)
-    return msgspec.structs.replace(recipe, train=train)
+    train, comm = recipe.train, recipe.comm
+    if train.layout == "auto":
+        layout = os.environ.get("KNL_LAYOUT", "channels_last")
+        train = msgspec.structs.replace(train, layout=layout)
+    if comm.bucket_mb == "auto":
+        comm = msgspec.structs.replace(comm, bucket_mb=bucket_mb_of_plan())
+    return msgspec.structs.replace(recipe, train=train, comm=comm)
+
+
+def bucket_mb_of_plan() -> float:
+    """MiB of a gradient bucket as the plan says. Raises InputError for a wrong KNL_BUCKET_MB."""
+    text = os.environ.get("KNL_BUCKET_MB", "16")
+    try:
+        return msgspec.convert(text, Annotated[float, msgspec.Meta(gt=0, le=1024)], strict=False)
+    except msgspec.ValidationError:
+        raise InputError(f"KNL_BUCKET_MB={text!r}: must be MiB, above 0 to 1024") from None
 
 
 def _train(trainer: Trainer, run: RunDirectory | None, ranks: Ranks) -> Outcome:

@@ -8,11 +8,14 @@ from dataclasses import replace
 from statistics import median
 from typing import Literal
 
+import msgspec
+
 from knl.choices import Choices
 from knl.errors import FailedError, KnlError
 from knl.placement import domains
 from knl.plan import plan_by_rule
 from knl.profile import Profile, Trial
+from knl.tune.allreduce import measured
 from knl.tune.compare import gain_of
 from knl.tune.display import Display
 from knl.tune.history import History
@@ -51,6 +54,8 @@ class Search:
         self.rule = canonical(
             plan_by_rule(bench.node, _ranks_by_rule(bench), bench.environment).choices
         )
+        # CCL_ALLREDUCE by ranks a node, as measured.
+        self._allreduce: dict[int, str] = {}
         # Seconds that a trial of each kind took; guessed for those of an interrupted search.
         self.wall_s = {
             t.label: _START_S + sum(t.step_s) * (bench.steps + 1) / bench.steps
@@ -76,21 +81,21 @@ class Search:
         best = self.history.best
         slowest = self.bench.images / (_HOPELESS * best.images_per_s) if best else float("inf")
         prunes = label == "search"
-        measured = self._try(
+        came = self._try(
             choices, self._limit_s(label, choices), lambda step_s: prunes and step_s > slowest
         )
-        if measured.state == "complete":
-            self.wall_s[label] = measured.wall_s
+        if came.state == "complete":
+            self.wall_s[label] = came.wall_s
         images = self.bench.images
         trial = Trial(
             number=len(self.history.trials),
             label=label,
             choices=choices,
-            state=measured.state,
-            images_per_s=images / median(measured.step_s) if measured.step_s else 0.0,
-            step_s=measured.step_s,
-            reason=measured.reason,
-            peak_bytes=measured.peak_bytes,
+            state=came.state,
+            images_per_s=images / median(came.step_s) if came.step_s else 0.0,
+            step_s=came.step_s,
+            reason=came.reason,
+            peak_bytes=came.peak_bytes,
         )
         self.history.add(trial)
         best = self.history.best
@@ -136,13 +141,32 @@ class Search:
 
         def is_new(choices: Choices) -> bool:
             shares = self.bench.images % choices.ranks_per_node == 0
-            return shares and choices not in tried and fits(self.bench.node, choices)
+            if not (shares and fits(self.bench.node, choices)):
+                return False
+            return self._with_allreduce(choices) not in tried
 
         by_tpe = len(tried) > _NEIGHBOURS_FIRST and len(tried) % 2
         neighbour = next(filter(is_new, neighbours(self.history.space, near)), None)
-        if neighbour and not by_tpe:
-            return neighbour
-        return self.history.suggest(near, is_new) or neighbour
+        if neighbour is None or by_tpe:
+            neighbour = self.history.suggest(near, is_new) or neighbour
+        return self._with_allreduce(neighbour) if neighbour else None
+
+    def _with_allreduce(self, choices: Choices) -> Choices:
+        """The same with the algorithms that were measured for so many ranks, once: it takes
+        seconds, where a trial of each would take minutes."""
+        ranks = choices.ranks_per_node
+        if ranks == 1 or "CCL_ALLREDUCE" in self.bench.environment:
+            return choices
+        if ranks not in self._allreduce:
+            try:
+                found = measured(self.bench, choices)
+            except (KnlError, OSError) as error:
+                found = choices.allreduce
+                self.display.say(f"allreduce of {ranks} ranks is not measured: {error}")
+            else:
+                self.display.say(f"allreduce of {ranks} ranks: {found or 'left to oneCCL'}")
+            self._allreduce[ranks] = found
+        return msgspec.structs.replace(choices, allreduce=self._allreduce[ranks])
 
     def _usual_s(self) -> float:
         """How long the next trial will take."""
@@ -204,13 +228,13 @@ def sized(bench: Bench, budget_s: float, display: Display) -> Bench:
     """
     full = bench.recipe.train.lane_batch
     few = min(full, _FEW_IMAGES)
-    measured = replace(bench, images=few, steps=1).measure(None, budget_s / 2)
-    if measured.state != "complete":
+    first = replace(bench, images=few, steps=1).measure(None, budget_s / 2)
+    if first.state != "complete":
         raise FailedError(
             f"{bench.recipe.name}: {few} images do not train here as torch comes: "
-            f"{measured.reason}; give a longer --budget if that is all, or see knl doctor"
+            f"{first.reason}; give a longer --budget if that is all, or see knl doctor"
         )
-    speed = few / measured.step_s[0]
+    speed = few / first.step_s[0]
     images = full
     while images > few and images > speed * budget_s * _STEP_SHARE and images % 2 == 0:
         images //= 2

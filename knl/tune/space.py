@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, get_args
+from typing import Any
 
 import msgspec
 
-from knl.choices import Allreduce, Choices, allocators, find_library, has_ipex
+from knl.choices import Choices, allocators, find_library, has_ipex
 from knl.errors import InputError
 from knl.placement import domains, place
 from knl.topology import Topology
@@ -38,7 +38,7 @@ def space(
         "threads_per_core": tuple(range(1, min(node.threads_per_core, _MOST_THREADS_PER_CORE) + 1)),
         "reserve_cores": (None, 0, 2, 4) if cores >= _CORES_TO_RESERVE_FROM else (None,),
         "comm_workers": (None, 0, 1, 2, 3, 4) if cores >= _CORES_TO_RESERVE_FROM else (None, 1),
-        "allreduce": get_args(Allreduce),
+        "bucket_mb": (16.0, 4.0, 64.0) if max(ranks, default=1) > 1 else (16.0,),
         "memory": ("auto", "none") if node.memory_mode in ("flat", "hybrid") else ("auto",),
         "dtype": ("fp32", "bf16") if set(_BF16_ISA) & set(node.isa) else ("fp32",),
         "compile": (False, True) if with_compile else (False,),
@@ -65,7 +65,7 @@ def canonical(choices: Choices) -> Choices:
     """The same, with what has no effect set to its default: not to be measured twice."""
     same: dict[str, Any] = {}
     if choices.ranks_per_node == 1:  # nobody to exchange gradients with
-        same.update(comm_workers=None, allreduce="")
+        same.update(comm_workers=None, allreduce="", bucket_mb=16.0)
     if choices.openmp == "libgomp" and choices.blocktime_ms != 0:  # it knows "passive" alone
         same.update(blocktime_ms=200)
     return msgspec.structs.replace(choices, **same)

@@ -141,7 +141,11 @@ def trial_recipe(recipe: Recipe, images: int, ranks: int, choices: Choices | Non
         dtype="fp32" if choices is None else choices.dtype,
         compile=choices is not None and choices.compile,
     )
-    return msgspec.structs.replace(recipe, data=data, train=train)
+    bucket_mb = recipe.comm.bucket_mb
+    if bucket_mb == "auto":
+        bucket_mb = Choices(ranks_per_node=1).bucket_mb if choices is None else choices.bucket_mb
+    comm = msgspec.structs.replace(recipe.comm, bucket_mb=bucket_mb)
+    return msgspec.structs.replace(recipe, data=data, train=train, comm=comm)
 
 
 def _follow(
