@@ -117,6 +117,28 @@ def sync(
     _print(bench(ranks, recipe, images, rounds or ROUNDS, os.environ), describe, as_json)
 
 
+@app.command()
+def overhead(
+    ranks: list[int] = typer.Option([], "-n", min=1, help="Ranks; repeatable. 1, 2, 4, 8 if not."),
+    tensors: list[int] = typer.Option(
+        [], "--tensors", min=1, help="Tensors; repeatable. 10, 100, 300, 1000 if not given."
+    ),
+    rounds: int = _ROUNDS,
+    as_json: bool = _JSON,
+) -> None:
+    """Seconds of a step in our own code, outside torch and communication: a line, not a curve.
+
+    Example: knl bench overhead --json
+    """
+    from knl.bench.overhead import RANKS, ROUNDS, TENSORS, bench, describe
+
+    _print(
+        bench(sorted(set(tensors)) or TENSORS, ranks or RANKS, rounds or ROUNDS, os.environ),
+        describe,
+        as_json,
+    )
+
+
 def _under_plan() -> None:
     """Measure as training would run: bound, in the plan's environment."""
     from knl.bind import PLAN

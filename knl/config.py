@@ -98,8 +98,8 @@ class Schedule(_Section, frozen=True):
 
 
 class Comm(_Section, frozen=True):
-    """Gradient sync. `bucket_mb`: MiB of gradients that are summed together; "auto": what the node's
-    plan says. `timeout_s`: seconds to wait for the other ranks before giving the run up."""
+    """Gradient sync. `bucket_mb`: MiB of gradients summed together; "auto": what the node's plan
+    says. `timeout_s`: seconds to wait for the other ranks before giving the run up."""
 
     bucket_mb: Union[_AboveZero, Literal["auto"]] = "auto"
     first_bucket_mb: _AboveZero = 1.0

@@ -87,7 +87,7 @@ def test_a_run_leaves_its_recipe_environment_and_metrics_and_is_never_overwritte
     result = json.loads(done.stdout)
     assert result["run_dir"] == str(folder)
     assert load_recipe(str(folder / "recipe.toml")) == load_recipe(
-        "digits", [*QUICK[1::2], f"train.layout={result['layout']}"]
+        "digits", [*QUICK[1::2], f"train.layout={result['layout']}", "comm.bucket_mb=16.0"]
     )
     environment = json.loads((folder / "environment.json").read_text())
     assert environment["versions"]["torch"]
