@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections.abc import Callable
@@ -47,34 +48,45 @@ def _measure(wanted: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _step(wanted: dict[str, Any], ranks: Ranks, bootstrap: MpiBootstrap) -> dict[str, Any]:
+    # gloo is what DistributedDataParallel takes on CPUs; its group lives beside oneCCL.
+    gloo = open_ranks(ranks.world, bootstrap, "gloo", _LIMIT_S)
+    layout = os.environ.get("KNL_LAYOUT", "channels_last")
+    seconds = _in_turn(wanted, ranks, layout, bootstrap.comm)
+    gc.collect()  # DDP must be gone before its process group
+    gloo.collectives.close()
+    versions = {"knl": ranks.describe(), "ddp-gloo": f"torch {torch.__version__}"}
+    return {"seconds": seconds, "versions": versions, "layout": layout}
+
+
+def _in_turn(
+    wanted: dict[str, Any], ranks: Ranks, layout: str, comm: Any
+) -> dict[str, list[float]]:
+    """Seconds of the slowest rank, of each layer in turn; both must come to the same gradients."""
     recipe = load_recipe(wanted["recipe"])
     images = torch.rand(wanted["images"], 3, wanted["pixels"], wanted["pixels"])
     labels = torch.arange(wanted["images"]) % recipe.data.classes
     images = images.add_(ranks.world.rank)  # ranks see different pictures
-    layout = os.environ.get("KNL_LAYOUT", "channels_last")
     if layout == "channels_last":
         images = images.contiguous(memory_format=torch.channels_last)
     loss = nn.CrossEntropyLoss()
-    # gloo is what DistributedDataParallel takes on CPUs; its group lives beside oneCCL.
-    gloo = open_ranks(ranks.world, bootstrap, "gloo", _LIMIT_S)
-    models = {name: _model(recipe, layout) for name in ("knl", "ddp-gloo")}
+    mine, other = _model(recipe, layout), _model(recipe, layout)
     sync = GradientSync(
-        list(models["knl"].named_parameters()),
+        list(mine.named_parameters()),
         ranks,
         bucket_bytes=int(float(os.environ.get("KNL_BUCKET_MB", "16")) * _MB),
         first_bucket_bytes=_MB,
         timeout=_LIMIT_S,
     )
-    ddp = nn.parallel.DistributedDataParallel(models["ddp-gloo"])
+    ddp = nn.parallel.DistributedDataParallel(other)
 
     def ours() -> None:
         sync.zero()
         sync.arm()
-        loss(models["knl"](images), labels).backward()
+        loss(mine(images), labels).backward()
         sync.finish()
 
     def theirs() -> None:
-        for parameter in models["ddp-gloo"].parameters():
+        for parameter in other.parameters():
             parameter.grad = None
         loss(ddp(images), labels).backward()
 
@@ -82,17 +94,15 @@ def _step(wanted: dict[str, Any], ranks: Ranks, bootstrap: MpiBootstrap) -> dict
     seconds: dict[str, list[float]] = {name: [] for name in rivals}
     for number in range(_WARMUP + wanted["rounds"]):
         for name, rival in rivals.items():
-            bootstrap.comm.Barrier()
+            comm.Barrier()
             began = time.perf_counter()
             rival()
-            taken = max(bootstrap.comm.allgather(time.perf_counter() - began))
+            taken = max(comm.allgather(time.perf_counter() - began))
             if number >= _WARMUP:
                 seconds[name].append(taken)
         if number == 0:
-            _require_alike(models["knl"], models["ddp-gloo"], ranks.world.size)
-    versions = {"knl": ranks.describe(), "ddp-gloo": f"torch {torch.__version__}"}
-    gloo.collectives.close()
-    return {"seconds": seconds, "versions": versions, "layout": layout}
+            _require_alike(mine, other, ranks.world.size)
+    return seconds
 
 
 def _model(recipe: Recipe, layout: str) -> nn.Module:
