@@ -25,7 +25,9 @@ _ALGORITHM = f"(?:{'|'.join(ALLREDUCE_ALGORITHMS)})"
 _BY_SIZE = rf"{_ALGORITHM}:\d+-(?:\d+|max)"
 # CCL_ALLREDUCE: one algorithm, or one for each range of bytes (nreduce:0-65536;ring:65537-max); ""
 # leaves the choice to oneCCL.
-Allreduce = Annotated[str, msgspec.Meta(pattern=rf"^(?:|{_ALGORITHM}|{_BY_SIZE}(?:;{_BY_SIZE})*)$")]
+Allreduce = Annotated[
+    str, msgspec.Meta(pattern=rf"^(?:|{_ALGORITHM}|{_BY_SIZE}(?:;{_BY_SIZE})*)$(?!\n)")
+]
 
 # File names, best first; a bare name is looked up in the folders of find_library.
 _LIBRARIES = {
