@@ -9,6 +9,7 @@ Rank 0 tells {"rows": [{"bytes", "rival", "seconds": [of one call, a sample a ro
 from __future__ import annotations
 
 import os
+import random
 import time
 from collections.abc import Callable
 from typing import Any
@@ -95,10 +96,14 @@ def _in_turn(
     tensor.zero_()  # its sums stay zeros however often they are added
     repeats = max(1, _SAMPLE_BYTES // size)
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    generator = random.Random(size)  # the same order on every rank
     for number in range(_WARMUP + rounds):
-        for name, rival in contestants.items():
+        # Each follows each other one in some round: what it leaves in the cache helps all alike.
+        order = list(contestants)
+        generator.shuffle(order)
+        for name in order:
             comm.Barrier()
-            taken = sum(rival(tensor) for _ in range(repeats)) / repeats
+            taken = sum(contestants[name](tensor) for _ in range(repeats)) / repeats
             if number >= _WARMUP:
                 seconds[name].append(max(comm.allgather(taken)))
     return seconds
