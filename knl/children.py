@@ -37,14 +37,19 @@ def child(
     )
     try:
         yield process
-    finally:
+    except BaseException:
         _end(process, mark)
+        raise
+    for number in _end(process, mark):
+        signal.raise_signal(number)
 
 
-def _end(process: subprocess.Popen[bytes], mark: str) -> None:
-    """Leave nothing running: mpiexec passes SIGTERM on; what does not obey is killed. A second
-    Ctrl-C must not come between."""
-    held = {n: signal.signal(n, signal.SIG_IGN) for n in (signal.SIGINT, signal.SIGTERM)}
+def _end(process: subprocess.Popen[bytes], mark: str) -> list[int]:
+    """Leave nothing running: mpiexec passes SIGTERM on; what does not obey is killed. Ctrl-C must
+    not come between: returns the signals that came meanwhile."""
+    came: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    held = {n: signal.signal(n, lambda number, _: came.append(number)) for n in numbers}
     try:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
@@ -56,6 +61,7 @@ def _end(process: subprocess.Popen[bytes], mark: str) -> None:
     finally:
         for number, handler in held.items():
             signal.signal(number, handler)
+    return came
 
 
 def _processes_of(mark: str) -> list[psutil.Process]:

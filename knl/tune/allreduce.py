@@ -75,7 +75,7 @@ def best(seconds: Mapping[int, Sequence[float]], meant: Mapping[int, tuple[int, 
 
 
 def _table(ends: Sequence[tuple[int, str]]) -> str:
-    """The last bytes of each range with its algorithm, as oneCCL reads them; the last has no end."""
+    """The last bytes of each range with its algorithm, as oneCCL reads them; the last has none."""
     parts, start = [], 0
     for end, algorithm in ends[:-1]:
         parts.append(f"{algorithm}:{start}-{end}")
