@@ -33,13 +33,15 @@ def bench(
     A row: `bytes`, `rival`, `median_s` of one call, `algorithm_gbs` (bytes / s / 1e9), and the
     ratios of its time to that of IMB's MPI_Allreduce, of gloo and of a copy of as many bytes by all
     ranks at once: below 1 is faster; None where that one was not measured. `overhead_over_bare`: of
-    our way to oneCCL over a C++ loop, as a share, at ResNet-50's size or else the largest.
+    our way to oneCCL over a C++ loop, as a share, at ResNet-50's size or else the largest. Rival
+    "shared" is what training takes: the sum in memory that the ranks of the node share; "oneccl" is
+    what it takes between nodes.
 
     Raises FailedError when ranks fail or a sum is wrong.
     """
     launches = min(_LAUNCHES, rounds)
     share = -(-rounds // launches)
-    groups: list[tuple[str, ...]] = [("oneccl", "oneccl-bare", "mpi", "gloo")]
+    groups: list[tuple[str, ...]] = [("shared", "oneccl", "oneccl-bare", "mpi", "gloo")]
     if any(map(importlib.util.find_spec, _TORCH_CCL)):  # torch has one process group at a time
         groups.append(("torch_ccl",))
     seconds: dict[tuple[int, str], list[float]] = {}

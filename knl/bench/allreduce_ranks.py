@@ -19,9 +19,12 @@ import torch
 from knl.bench.ranks import as_rank
 from knl.comm.bootstrap import MpiBootstrap, open_bootstrap
 from knl.comm.collectives import Collectives, open_ranks
+from knl.comm.node import SharedNode
 from knl.comm.world import World, world_from
 from knl.errors import FailedError
 
+# The sum within the node (knl.comm.node), which training takes; oneCCL's alone is "oneccl".
+SHARED = "shared"
 _LIMIT_S = 60.0
 _FLOAT = 4
 # So many bytes are summed in a sample at least, in calls one after the other: a clock is not read
@@ -52,18 +55,23 @@ def _measure(wanted: dict[str, Any]) -> dict[str, Any] | None:
     rivals: dict[str, Rival] = {}
     missing: dict[str, str] = {}
     for name in wanted["rivals"]:
-        provider = name.partition("-")[0]
+        kind = name.partition("-")[0]
+        provider = "oneccl" if kind == SHARED else kind
         try:
-            if provider not in open_ones:
-                ranks = open_ranks(world, bootstrap, provider, _LIMIT_S, shared=False)
-                open_ones[provider] = ranks.collectives
+            if kind not in open_ones:
+                ranks = open_ranks(world, bootstrap, provider, _LIMIT_S, shared=kind == SHARED)
+                open_ones[kind] = ranks.collectives
         except FailedError as error:
             missing[name] = str(error)
             continue
-        rivals[name] = _rival(name, open_ones[provider])
+        if kind == SHARED and not isinstance(open_ones[kind], SharedNode):
+            missing[name] = ranks.describe()
+            continue
+        rivals[name] = _rival(name, open_ones[kind])
     rows = []
     for size in wanted["bytes"]:
-        seconds = _in_turn(rivals, size, wanted["rounds"], world, bootstrap.comm)
+        node = open_ones.get(SHARED) if SHARED in rivals else None
+        seconds = _in_turn(rivals, node, size, wanted["rounds"], world, bootstrap.comm)
         rows += [{"bytes": size, "rival": name, "seconds": s} for name, s in seconds.items()]
     versions = {name: one.version for name, one in open_ones.items()}
     for one in open_ones.values():
@@ -80,20 +88,31 @@ def _rival(name: str, collectives: Collectives) -> Rival:
 
 
 def _in_turn(
-    rivals: dict[str, Rival], size: int, rounds: int, world: World, comm: Any
+    rivals: dict[str, Rival],
+    node: Any,
+    size: int,
+    rounds: int,
+    world: World,
+    comm: Any,
 ) -> dict[str, list[float]]:
-    """Seconds of one call of each rival, and of a copy of as much memory, the slowest rank's."""
+    """Seconds of one call of each rival, and of a copy of as much memory, the slowest rank's.
+    `node`: whose memory is SHARED's."""
     elements = max(1, size // _FLOAT)
     ramp = (torch.arange(elements, dtype=torch.int32) % 1000).to(torch.float32)
-    tensor, other = torch.empty(elements), torch.empty(elements)
+    usual, other = torch.empty(elements), torch.empty(elements)
+    tensors = dict.fromkeys([*rivals, "copy"], usual)
+    if node is not None:
+        (tensors[SHARED],) = node.buffers([elements])
     for name, rival in rivals.items():
+        tensor = tensors[name]
         tensor.copy_(ramp).add_(world.rank)
         rival(tensor)
         expected = other.copy_(ramp).mul_(world.size).add_(world.size * (world.size - 1) / 2)
         if not torch.equal(tensor, expected):
             raise FailedError(f"{name}: wrong sums of {size} bytes on rank {world.rank}")
     contestants = {**rivals, "copy": timed(other.copy_)}
-    tensor.zero_()  # its sums stay zeros however often they are added
+    for tensor in tensors.values():
+        tensor.zero_()  # its sums stay zeros however often they are added
     repeats = max(1, _SAMPLE_BYTES // size)
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     generator = random.Random(size)  # the same order on every rank
@@ -103,7 +122,7 @@ def _in_turn(
         generator.shuffle(order)
         for name in order:
             comm.Barrier()
-            taken = sum(contestants[name](tensor) for _ in range(repeats)) / repeats
+            taken = sum(contestants[name](tensors[name]) for _ in range(repeats)) / repeats
             if number >= _WARMUP:
                 seconds[name].append(max(comm.allgather(taken)))
     return seconds

@@ -36,9 +36,9 @@ class _Timed:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
-    def allreduce(self, tensor: torch.Tensor, *rest: Any) -> Handle:
+    def allreduce(self, tensor: torch.Tensor, priority: int = 0) -> Handle:
         began = time.thread_time()
-        handle = self._inner.allreduce(tensor, *rest)
+        handle = self._inner.allreduce(tensor, priority)
         handle.wait(_LIMIT_S)  # alone, so that what follows finds nothing under way
         self.seconds += time.thread_time() - began
         return _Done()
@@ -54,7 +54,7 @@ class _Done:
 
 def _measure(wanted: dict[str, Any]) -> dict[str, Any] | None:
     world = world_from(os.environ)
-    ranks = open_ranks(world, open_bootstrap(world), "auto", _LIMIT_S)
+    ranks = open_ranks(world, open_bootstrap(world), "auto", _LIMIT_S, shared=False)
     timed = _Timed(ranks.collectives)
     rows = [
         {
@@ -106,8 +106,9 @@ def _seconds(count: int, rounds: int, ranks: Ranks, timed: _Timed) -> float:
         sync.zero()
         sync.arm()
         _backward(ours)
-        sync.finish()
-        lars.step(1e-6, 1.0)
+        for members, gradients in sync.arrivals():
+            lars.update(members, gradients, 1e-6, 1.0)
+        lars.report()
         taken = time.thread_time() - began - timed.seconds
         if number >= _WARMUP:
             steps.append(taken)

@@ -27,6 +27,7 @@ from knl.config import Recipe, load_recipe
 from knl.errors import FailedError
 from knl.models import build_model
 from knl.train.forward import to_layout
+from knl.train.job import bucket_mb_of_plan
 
 _LIMIT_S = 60.0
 _MB = 1 << 20
@@ -40,7 +41,7 @@ def _measure(wanted: dict[str, Any]) -> dict[str, Any] | None:
     world = world_from(os.environ)
     bootstrap = open_bootstrap(world)
     assert isinstance(bootstrap, MpiBootstrap)  # knl bench starts MPI ranks
-    ranks = open_ranks(world, bootstrap, "oneccl", _LIMIT_S)
+    ranks = open_ranks(world, bootstrap, "oneccl", _LIMIT_S, shared=False)
     work = _overlap if wanted["what"] == "overlap" else _step
     told = work(wanted, ranks, bootstrap)
     ranks.collectives.close()
@@ -49,48 +50,61 @@ def _measure(wanted: dict[str, Any]) -> dict[str, Any] | None:
 
 def _step(wanted: dict[str, Any], ranks: Ranks, bootstrap: MpiBootstrap) -> dict[str, Any]:
     # gloo is what DistributedDataParallel takes on CPUs; its group lives beside oneCCL.
-    gloo = open_ranks(ranks.world, bootstrap, "gloo", _LIMIT_S)
+    gloo = open_ranks(ranks.world, bootstrap, "gloo", _LIMIT_S, shared=False)
+    shared = open_ranks(ranks.world, bootstrap, "oneccl", _LIMIT_S)
     layout = os.environ.get("KNL_LAYOUT", "channels_last")
-    seconds = _in_turn(wanted, ranks, layout, bootstrap.comm)
+    seconds = _in_turn(wanted, {"knl": shared, "knl-oneccl": ranks}, layout, bootstrap.comm)
+    shared.collectives.close()
     gc.collect()  # DDP must be gone before its process group
     gloo.collectives.close()
-    versions = {"knl": ranks.describe(), "ddp-gloo": f"torch {torch.__version__}"}
+    versions = {
+        "knl": shared.describe(),
+        "knl-oneccl": ranks.describe(),
+        "ddp-gloo": f"torch {torch.__version__}",
+    }
     return {"seconds": seconds, "versions": versions, "layout": layout}
 
 
 def _in_turn(
-    wanted: dict[str, Any], ranks: Ranks, layout: str, comm: Any
+    wanted: dict[str, Any], layers: dict[str, Ranks], layout: str, comm: Any
 ) -> dict[str, list[float]]:
-    """Seconds of the slowest rank, of each layer in turn; both must come to the same gradients."""
+    """Seconds of the slowest rank, of each layer in turn; all must come to the same gradients."""
+    world = next(iter(layers.values())).world
     recipe = load_recipe(wanted["recipe"])
     images = torch.rand(wanted["images"], 3, wanted["pixels"], wanted["pixels"])
     labels = torch.arange(wanted["images"]) % recipe.data.classes
-    images = images.add_(ranks.world.rank)  # ranks see different pictures
+    images = images.add_(world.rank)  # ranks see different pictures
     if layout == "channels_last":
         images = images.contiguous(memory_format=torch.channels_last)
     loss = nn.CrossEntropyLoss()
-    mine, other = _model(recipe, layout), _model(recipe, layout)
-    sync = GradientSync(
-        list(mine.named_parameters()),
-        ranks,
-        bucket_bytes=int(float(os.environ.get("KNL_BUCKET_MB", "16")) * _MB),
-        first_bucket_bytes=_MB,
-        timeout=_LIMIT_S,
-    )
+    models = {name: _model(recipe, layout) for name in layers}
+    other = _model(recipe, layout)
     ddp = nn.parallel.DistributedDataParallel(other)
 
-    def ours() -> None:
-        sync.zero()
-        sync.arm()
-        loss(mine(images), labels).backward()
-        sync.finish()
+    def by(ranks: Ranks, model: nn.Module) -> Callable[[], None]:
+        sync = GradientSync(
+            list(model.named_parameters()),
+            ranks,
+            bucket_bytes=int(bucket_mb_of_plan() * _MB),
+            first_bucket_bytes=_MB,
+            timeout=_LIMIT_S,
+        )
+
+        def ours() -> None:
+            sync.zero()
+            sync.arm()
+            loss(model(images), labels).backward()
+            sync.finish()
+
+        return ours
 
     def theirs() -> None:
         for parameter in other.parameters():
             parameter.grad = None
         loss(ddp(images), labels).backward()
 
-    rivals: dict[str, Callable[[], None]] = {"knl": ours, "ddp-gloo": theirs}
+    rivals = {name: by(ranks, models[name]) for name, ranks in layers.items()}
+    rivals["ddp-gloo"] = theirs
     seconds: dict[str, list[float]] = {name: [] for name in rivals}
     for number in range(_WARMUP + wanted["rounds"]):
         for name, rival in rivals.items():
@@ -101,7 +115,8 @@ def _in_turn(
             if number >= _WARMUP:
                 seconds[name].append(taken)
         if number == 0:
-            _require_alike(mine, other, ranks.world.size)
+            for model in models.values():
+                _require_alike(model, other, world.size)
     return seconds
 
 

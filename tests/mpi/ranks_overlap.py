@@ -75,7 +75,7 @@ def main(folder: Path) -> None:
     workers = folder.name == "workers"
     os.environ.update(CCL_WORKER_COUNT="1", CCL_WORKER_OFFLOAD=str(int(workers)))
     checks = Checks(folder)
-    ranks = open_ranks(checks.world, checks.bootstrap, "oneccl", LIMIT_S)
+    ranks = open_ranks(checks.world, checks.bootstrap, "oneccl", LIMIT_S, shared=False)
     with checks.check("the memory in the last sleep"):
         seen = sums_seen_in_the_last_sleep(ranks, LONG_S if workers else SHORT_S)
         summed = [value == ranks.world.size for value in seen]

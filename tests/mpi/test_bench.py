@@ -18,7 +18,7 @@ def bench(*arguments: str):
 def test_allreduce_has_every_rival_and_quotients_for_ratios():
     result = bench("allreduce", "-n", "2", "--rounds", "2", "--bytes", "4096", "--bytes", "65536")
     rows = {(row["bytes"], row["rival"]): row for row in result["rows"]}
-    rivals = ("oneccl", "oneccl-bare", "mpi", "gloo", "imb", "copy")
+    rivals = ("shared", "oneccl", "oneccl-bare", "mpi", "gloo", "imb", "copy")
     assert set(rows) >= {(size, rival) for size in (4096, 65536) for rival in rivals}
     for (size, _), row in rows.items():
         assert row["median_s"] > 0
@@ -40,7 +40,7 @@ def test_sync_compares_the_same_gradients_and_tells_the_overlap(tmp_path):
     )
     result = bench("sync", "-n", "2", "--recipe", str(recipe), "--images", "4", "--rounds", "1")
     rows = {row["rival"]: row for row in result["rows"]}
-    assert set(rows) >= {"knl", "ddp-gloo"}
+    assert set(rows) >= {"knl", "knl-oneccl", "ddp-gloo"}
     quotient = rows["knl"]["median_s"] / rows["ddp-gloo"]["median_s"]
     assert rows["knl"]["ratio_to_ddp"] == pytest.approx(quotient)
     overlap = result["overlap"]
