@@ -14,11 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from knl.errors import say
+from knl.shared_memory import remove_segments, segments_of
 
 _POLL_S = 0.1
 _SIGNAL_GRACE_S = 1.0  # an abort kills the ranks, too: then none is left to be ended
 _STATUS_GRACE_S = 5.0  # for the others to fail by themselves
 _END_S = 10.0
+_START_S = 60.0  # in which rank 0 comes to MPI
+_STATE, _PARENT, _START, _STATUS = 0, 1, 19, -1  # fields of /proc/PID/stat
 _SPOKEN = (1, 2, 75)  # statuses with which a rank has said why
 
 
@@ -30,14 +33,23 @@ class RanksWatch:
     ranks: int
     pids: dict[int, int] = field(default_factory=dict)  # by rank
     ended: dict[int, int] = field(default_factory=dict)  # by rank: as waitpid has it
+    segments: dict[Path, int] = field(default_factory=dict)  # in shared memory, by inode
 
     def wait(self) -> tuple[int, str]:
         """mpiexec's status, and which rank died when one did: "" where the ranks speak for
         themselves."""
+        status, dead = self._watch()
+        remove_segments(self.segments)
+        return status, dead
+
+    def _watch(self) -> tuple[int, str]:
         first_s, dead = 0.0, ""
+        began = time.monotonic()
         while self.mpiexec.poll() is None:
             if len(self.pids) < self.ranks:
                 self._find()
+            if not self.segments and time.monotonic() - began < _START_S:
+                self._note_segments()
             bad = {rank: status for rank, status in self._ended().items() if status != 0}
             if not bad:
                 time.sleep(_POLL_S)
@@ -48,24 +60,27 @@ class RanksWatch:
             grace = _SIGNAL_GRACE_S if os.WIFSIGNALED(status) else _STATUS_GRACE_S
             if time.monotonic() - first_s > grace and len(self.ended) < len(self.pids):
                 self._end()
-                return self.mpiexec.returncode, dead
+                return 1 if dead else os.WEXITSTATUS(status), dead
             time.sleep(_POLL_S)
         return self.mpiexec.returncode, dead if self.mpiexec.returncode not in (0, *_SPOKEN) else ""
 
     def _find(self) -> None:
-        """The ranks are the children of mpiexec's children, and their variables say which."""
-        parents = {}
+        """The ranks are the children of mpiexec's child, which starts them in their order. One that
+        is dead already has no variables left to tell its number."""
+        stats = {}
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                parents[int(process.name)] = int(_stat(int(process.name))[1])
-        for pid, parent in parents.items():
-            if parents.get(parent) != self.mpiexec.pid:
-                continue
-            with contextlib.suppress(OSError):
-                for variable in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
-                    name, _, value = variable.partition(b"=")
-                    if name == b"PMI_RANK":
-                        self.pids[int(value)] = pid
+                stats[int(process.name)] = _stat(int(process.name))
+        helpers = {pid for pid, stat in stats.items() if int(stat[_PARENT]) == self.mpiexec.pid}
+        found = [pid for pid, stat in stats.items() if int(stat[_PARENT]) in helpers]
+        if len(found) == self.ranks:
+            found.sort(key=lambda pid: (int(stats[pid][_START]), pid))
+            self.pids = dict(enumerate(found))
+
+    def _note_segments(self) -> None:
+        """A rank killed while MPI starts leaves what it has made for the others."""
+        for pid in self.pids.values():
+            self.segments.update(segments_of(pid))
 
     def _ended(self) -> dict[int, int]:
         """Ranks that have ended, the first to be seen first. They stay zombies as long as others
@@ -74,12 +89,13 @@ class RanksWatch:
             if rank not in self.ended:
                 with contextlib.suppress(OSError):
                     stat = _stat(pid)
-                    if stat[0] == "Z":
-                        self.ended[rank] = int(stat[-1])
+                    if stat[_STATE] == "Z":
+                        self.ended[rank] = int(stat[_STATUS])
         return self.ended
 
     def _end(self) -> None:
         """A stopped rank obeys SIGKILL alone; mpiexec ends when they have."""
+        self._note_segments()
         for rank, pid in self.pids.items():
             if rank not in self.ended:
                 with contextlib.suppress(ProcessLookupError):
@@ -93,7 +109,7 @@ class RanksWatch:
 
 
 def _stat(pid: int) -> list[str]:
-    """The fields of /proc/PID/stat from the state on; the last is the status of a zombie."""
+    """The fields of /proc/PID/stat from the state on."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import re
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Protocol, TypeVar
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 from knl.comm.roll_call import (
     MpiReports,
@@ -57,7 +60,7 @@ class MpiBootstrap:
         self._rank, self._timeout = world.rank, start_timeout()
         try:
             with limit("start of MPI", self._timeout, world.rank, self._before_mpi(world)):
-                from mpi4py import MPI
+                MPI = _start_mpi()
         except (ImportError, RuntimeError) as error:
             raise FailedError(
                 f"MPI cannot be loaded ({first_line(error)}): install a stack "
@@ -149,6 +152,28 @@ class StoreBootstrap:
                 f"start of the ranks: nothing from rank {rank} ({first_line(error)}): look at its "
                 f"host, then start the job again {START_LIMIT}"
             ) from None
+
+
+def _start_mpi() -> Any:
+    """mpi4py's MPI, initialised for several threads. Its own initialisation waits for the other
+    ranks without letting go of the interpreter, so that no limit could end it."""
+    import mpi4py
+
+    mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
+    from mpi4py import MPI
+
+    if not MPI.Is_initialized():
+        maps = Path("/proc/self/maps").read_text().split()
+        libraries = [path for path in maps if re.search(r"/libmpi(ch)?\.so[^/]*$", path)]
+        if not libraries:
+            raise RuntimeError("its library is not among the loaded ones")
+        provided = ctypes.c_int()
+        code = ctypes.CDLL(libraries[0]).MPI_Init_thread(
+            None, None, MPI.THREAD_MULTIPLE, ctypes.byref(provided)
+        )
+        if code != MPI.SUCCESS:
+            raise RuntimeError(f"MPI_Init_thread fails with {code}")
+    return MPI
 
 
 def open_bootstrap(world: World) -> Bootstrap:

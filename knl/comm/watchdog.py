@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 from knl.errors import FailedError, InputError, say
+from knl.shared_memory import remove_segments, segments_of
 
 _ABORT_S = 10.0
 _VARIABLE = "KNL_START_TIMEOUT_S"
@@ -58,10 +59,11 @@ def limit(
 def end_job(code: int) -> NoReturn:
     """End this process now, and through MPI the other ranks, who would wait for it."""
     mpi = sys.modules.get("mpi4py.MPI")
-    if mpi is not None and hasattr(mpi, "COMM_WORLD"):  # else its import hangs
+    if mpi is not None and mpi.Is_initialized():
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # knl's own line says more than MPI's
         timer = threading.Timer(_ABORT_S, os._exit, [code])  # an abort may hang, too
         timer.daemon = True
         timer.start()
         mpi.COMM_WORLD.Abort(code)
+    remove_segments(segments_of("self"))
     os._exit(code)

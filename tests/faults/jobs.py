@@ -27,7 +27,7 @@ def clean() -> Iterator[None]:
     deadline = time.monotonic() + 10.0
     while (new := unmapped() - before) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not new
+    assert not new, sorted(new)
 
 
 def unmapped() -> set[str]:

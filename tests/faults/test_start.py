@@ -9,10 +9,12 @@ from collections.abc import Iterator
 
 import pytest
 
+from knl.shared_memory import segments_of
+
 from ..mpi.launch import Job, knl, mpiexec, rank_environment, started
 from .jobs import ENDLESS, clean, only_line, rank, stop, until
 
-LIMIT_S = "6"
+LIMIT_S = "2"
 
 
 @contextlib.contextmanager
@@ -31,6 +33,20 @@ def test_a_rank_killed_before_mpi_starts_ends_the_job(number):
         os.kill(rank(job, number), signal.SIGKILL)
         line = only_line(job.finish(30.0))
     assert line.startswith(f"knl: rank {number} was killed by signal 9 ")
+
+
+def in_mpi(job: Job, number: int) -> bool:
+    """Whether a rank waits in MPI's start: it has made something for the others."""
+    return bool(segments_of(rank(job, number)))
+
+
+def test_nothing_stays_in_shared_memory_when_mpi_was_starting():
+    with starting() as job:
+        stop(rank(job, 1))
+        until(lambda: in_mpi(job, 0), job)
+        os.kill(rank(job, 1), signal.SIGKILL)
+        line = only_line(job.finish(30.0))
+    assert line.startswith("knl: rank 1 was killed by signal 9 ")
 
 
 @pytest.mark.parametrize("number", [0, 1])

@@ -1,0 +1,32 @@
+"""Segments in /dev/shm that a process which is about to be killed would leave behind.
+
+Intel MPI's start makes one under a random name and removes the name when all ranks have come.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from pathlib import Path
+
+_FOLDER = "/dev/shm/"
+
+
+def segments_of(pid: int | str) -> dict[Path, int]:
+    """The segments that a process ("self": this one) has mapped, each with its inode, by which it
+    is known to be the same when it is removed."""
+    found: dict[Path, int] = {}
+    with contextlib.suppress(OSError):  # it has ended, or is another user's
+        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+            fields = line.split(maxsplit=5)
+            if len(fields) == 6 and fields[5].startswith(_FOLDER):
+                found[Path(fields[5])] = int(fields[4])
+    return found
+
+
+def remove_segments(segments: Mapping[Path, int]) -> None:
+    """Remove those that still have a name."""
+    for path, inode in segments.items():
+        with contextlib.suppress(OSError):
+            if path.stat().st_ino == inode:
+                path.unlink()
