@@ -34,21 +34,23 @@ def require_same_layout(ranks: Ranks, named: Named, timeout: float) -> None:
     layouts = [
         zlib.crc32(f"{name} {tuple(t.shape)} {t.stride()} {t.dtype}".encode()) for name, t in named
     ]
-    _require_same(ranks, ["the number of tensors"], [len(named)], "the models", timeout)
-    _require_same(ranks, [name for name, _ in named], layouts, "the models", timeout)
+    require_same(ranks, ["the number of tensors"], [len(named)], "the models", timeout)
+    require_same(ranks, [name for name, _ in named], layouts, "the models", timeout)
 
 
 def require_same_weights(ranks: Ranks, named: Named, when: str, timeout: float) -> str:
     """Raise FailedError on every rank, naming the first tensor whose bytes differ from rank 0's,
     and the ranks that differ. Returns the checksum of all weights."""
     values = checksums(named)
-    _require_same(ranks, [name for name, _ in named], values, f"the weights {when}", timeout)
+    require_same(ranks, [name for name, _ in named], values, f"the weights {when}", timeout)
     return combined(values)
 
 
-def _require_same(
+def require_same(
     ranks: Ranks, labels: Sequence[str], values: Sequence[int], what: str, timeout: float
 ) -> None:
+    """Raise FailedError on every rank, with the first of the `labels` whose value differs from rank
+    0's: "the models differ between rank 0 and rank(s) 3, first in fc.weight"."""
     if ranks.world.size == 1:
         return
     first = torch.tensor(list(values), dtype=torch.int64)
@@ -65,6 +67,7 @@ def _require_same(
         listed = ", ".join(map(str, wrong[:8])) + (" ..." if len(wrong) > 8 else "")
         raise FailedError(
             f"{what} differ between rank 0 and rank(s) {listed}, first in {label}: "
-            "check that all nodes run the same version, then restart from the last checkpoint",
+            "check that all nodes run the same version and recipe, then restart from the last "
+            "checkpoint",
             shared=True,
         )

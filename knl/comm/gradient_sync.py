@@ -15,7 +15,7 @@ from typing import Any, Optional
 
 import torch
 
-from knl.comm.agreement import Named, flat, require_same_layout
+from knl.comm.agreement import Named, flat, require_same, require_same_layout
 from knl.comm.collectives import Handle, Ranks, waiting_for
 from knl.comm.node import SharedNode
 
@@ -45,7 +45,7 @@ class GradientSync:
 
     `bucket_bytes`: size at which a bucket is closed; `first_bucket_bytes`: of the first one, small
     so that communication starts early. `timeout`: seconds to wait for a bucket.
-    Raises FailedError when the ranks' models differ.
+    Raises FailedError when the ranks' models or sizes of buckets differ.
     """
 
     def __init__(
@@ -74,6 +74,8 @@ class GradientSync:
         if ranks.world.size == 1:
             return
         require_same_layout(ranks, named, timeout)
+        sizes = {"comm.bucket_mb": bucket_bytes, "comm.first_bucket_mb": first_bucket_bytes}
+        require_same(ranks, list(sizes), list(sizes.values()), "the buckets", timeout)
         for name, parameter in named:
             with waiting_for(f"rank 0's first {name}"):
                 ranks.collectives.broadcast(flat(parameter), root=0)

@@ -206,6 +206,15 @@ def different_models(ranks: Ranks) -> None:
     }
 
 
+def different_buckets(ranks: Ranks) -> None:
+    """A rank with another recipe or plan would wait for sums that nobody makes."""
+    last = ranks.world.size - 1
+    with pytest.raises(FailedError) as told:
+        synced(Branches(), ranks, bucket=200 if ranks.world.rank == last else 400)
+    line = f"the buckets differ between rank 0 and rank(s) {last}, first in comm.bucket_mb: "
+    assert str(told.value).startswith(line) and told.value.shared
+
+
 def changed_weight(ranks: Ranks) -> None:
     last = ranks.world.size - 1
     model = Branches()
@@ -255,8 +264,8 @@ def main(folder: Path) -> None:
         with checks.check(f"rank {user} alone uses a branch"):
             some_unused(ranks, user)
     for check in (
-        order_of_arrival, carried_number, weights_of_rank_0, different_models, changed_weight,
-        late_rank,
+        order_of_arrival, carried_number, weights_of_rank_0, different_models, different_buckets,
+        changed_weight, late_rank,
     ):  # fmt: skip
         with checks.check(check.__name__):
             check(ranks)

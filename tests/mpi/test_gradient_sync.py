@@ -47,6 +47,10 @@ def test_models_that_differ_are_refused_by_the_name_of_the_tensor(ranks):
     ranks.require("different_models")
 
 
+def test_buckets_that_differ_are_refused_by_the_name_of_the_key(ranks):
+    ranks.require("different_buckets")
+
+
 def test_a_weight_changed_on_one_rank_is_found_with_its_name_and_rank(ranks):
     ranks.require("changed_weight")
 
