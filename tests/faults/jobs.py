@@ -69,7 +69,9 @@ def steps(folder: Path) -> int:
 
 def rank(job: Job, number: int, variable: str = "PMI_RANK") -> int:
     """The process of a rank."""
-    (pid,) = job.processes(f"{variable}={number}")
+    while not (pids := job.processes(f"{variable}={number}")):  # it starts itself anew
+        assert job.process.poll() is None
+    (pid,) = pids
     return pid
 
 

@@ -10,8 +10,11 @@ import time
 
 import pytest
 
+from knl.comm.roll_call import state_of
+
 from ..mpi.launch import mpiexec, rank_environment
-from .jobs import only_line, rank, steps, stop, training
+from ..mpi.test_torchrun import torchrun
+from .jobs import knl_lines, only_line, rank, steps, stop, training, until
 
 LIMIT = ("--set", "comm.timeout_s=2")
 
@@ -25,10 +28,11 @@ def test_a_killed_rank_ends_the_job_and_is_named(tmp_path, number):
 
 
 @pytest.mark.parametrize(
-    ("provider", "number"), [("oneccl", 0), ("oneccl", 1), ("mpi", 1), ("gloo", 1)]
+    ("provider", "number", "ranks"),
+    [("oneccl", 0, 3), ("oneccl", 1, 2), ("mpi", 1, 2), ("gloo", 1, 3)],
 )
-def test_a_stopped_rank_is_named_after_the_limit(tmp_path, provider, number):
-    with training(tmp_path / "run", *LIMIT, "--provider", provider, ranks=3) as job:
+def test_a_stopped_rank_is_named_after_the_limit(tmp_path, provider, number, ranks):
+    with training(tmp_path / "run", *LIMIT, "--provider", provider, ranks=ranks) as job:
         pid = rank(job, number)
         stop(pid)
         line = only_line(job.finish(30.0))
@@ -84,3 +88,15 @@ def test_a_launcher_is_terminated_with_a_stopped_rank(tmp_path):
         job.process.send_signal(signal.SIGTERM)
         done = job.finish(timeout=30.0)
     assert done.returncode != 0
+
+
+def test_ranks_of_torchrun_tell_it_once_too(tmp_path):
+    with training(tmp_path / "run", *LIMIT, command=torchrun(3, "--no_python")) as job:
+        pid, first = rank(job, 1, "RANK"), rank(job, 0, "RANK")
+        stop(pid)
+        until(lambda: state_of(first) == "gone", job)
+        os.kill(pid, signal.SIGCONT)  # torchrun would wait half a minute for it to obey
+        done = job.finish(40.0)
+    assert done.returncode == 1
+    (line,) = knl_lines(done.stderr)
+    assert f": rank 1 on host {platform.node()} is stopped (pid {pid}): " in line
