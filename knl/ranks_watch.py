@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from knl.errors import say
-from knl.shared_memory import remove_segments, segments_of
+from knl.leftovers import remove_segments, segments_of
 
 _POLL_S = 0.1
 _SIGNAL_GRACE_S = 1.0  # an abort kills the ranks, too: then none is left to be ended

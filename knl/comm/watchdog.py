@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 from knl.errors import FailedError, InputError, say
-from knl.shared_memory import remove_segments, segments_of
+from knl.leftovers import remove_segments, segments_of
 
 _ABORT_S = 10.0
 _VARIABLE = "KNL_START_TIMEOUT_S"

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from knl.shared_memory import segments_of
+from knl.leftovers import segments_of
 
 from ..mpi.launch import Job, knl, mpiexec, rank_environment, started
 from .jobs import ENDLESS, clean, only_line, rank, stop, until
