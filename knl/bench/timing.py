@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Mapping
 from statistics import median
@@ -10,12 +11,15 @@ from statistics import median
 def in_turn(
     rivals: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2
 ) -> dict[str, list[float]]:
-    """Seconds of each call: A B C, A B C, ... for so many rounds after `warmup` uncounted ones."""
+    """Seconds of each call, in so many rounds after `warmup` uncounted ones. Each round has another
+    order: what one leaves in the caches helps or hinders all others alike."""
     seconds: dict[str, list[float]] = {name: [] for name in rivals}
+    order, generator = list(rivals), random.Random(0)
     for number in range(warmup + rounds):
-        for name, action in rivals.items():
+        generator.shuffle(order)
+        for name in order:
             began = time.perf_counter()
-            action()
+            rivals[name]()
             taken = time.perf_counter() - began
             if number >= warmup:
                 seconds[name].append(taken)

@@ -209,7 +209,8 @@ class GradientSync:
         seen = set(arrived)
         order = [*arrived, *(n for n in range(len(self.parameters)) if n not in seen)]
         numbers = torch.tensor(order, dtype=torch.int64)
-        self.ranks.collectives.broadcast(numbers, root=0)
+        with waiting_for("the order of gradients"):
+            self.ranks.collectives.broadcast(numbers, root=0)
         self._lay_out(numbers.tolist())
 
 
