@@ -6,20 +6,22 @@ Intel MPI's start makes one under a random name and removes the name when all ra
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
-_FOLDER = "/dev/shm/"
+# Its own names alone: a user's files may lie and be mapped there as well.
+_SEGMENT = re.compile(r"/dev/shm/Intel_MPI_\w+")
 
 
 def segments_of(pid: int | str) -> dict[Path, int]:
-    """The segments that a process ("self": this one) has mapped, each with its inode, by which it
-    is known to be the same when it is removed."""
+    """The segments of Intel MPI that a process ("self": this one) has mapped, each with its inode,
+    by which it is known to be the same when it is removed."""
     found: dict[Path, int] = {}
     with contextlib.suppress(OSError):  # it has ended, or is another user's
         for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
             fields = line.split(maxsplit=5)
-            if len(fields) == 6 and fields[5].startswith(_FOLDER):
+            if len(fields) == 6 and _SEGMENT.fullmatch(fields[5]):
                 found[Path(fields[5])] = int(fields[4])
     return found
 

@@ -20,6 +20,7 @@ from knl.bench.ranks import as_rank
 from knl.comm.bootstrap import MpiBootstrap, open_bootstrap
 from knl.comm.collectives import Collectives, open_ranks
 from knl.comm.node import SharedNode
+from knl.comm.shared_memory import NodeUnavailable
 from knl.comm.world import World, world_from
 from knl.errors import FailedError
 
@@ -102,7 +103,11 @@ def _in_turn(
     usual, other = torch.empty(elements), torch.empty(elements)
     tensors = dict.fromkeys([*rivals, "copy"], usual)
     if node is not None:
-        (tensors[SHARED],) = node.buffers([elements])
+        try:
+            (tensors[SHARED],) = node.buffers([elements])
+        except NodeUnavailable:  # on every rank alike; there is no row then
+            rivals = {name: rival for name, rival in rivals.items() if name != SHARED}
+            del tensors[SHARED]
     for name, rival in rivals.items():
         tensor = tensors[name]
         tensor.copy_(ramp).add_(world.rank)

@@ -11,6 +11,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import msgspec
+
 from knl.bench.ranks import run_ranks
 from knl.choices import Choices
 from knl.config import Recipe, to_toml
@@ -18,6 +20,7 @@ from knl.errors import FailedError, say
 from knl.plan import plan_by_rule
 from knl.profile import load_profile, newest_that_fits, require_fit
 from knl.topology import Topology
+from knl.tune.display import words
 from knl.tune.trial import Bench, Measured, measure, trial_recipe
 
 ROUNDS, STEPS = 3, 3
@@ -57,16 +60,17 @@ def bench(
     trial = Bench(node, recipe, images, steps, environment)
     rule = plan_by_rule(node, None if images > 1 else 1, environment).choices
     path = profile or newest_that_fits(node, environment)
-    tuned = _tuned(node, path)
+    tuned = _tuned(node, path, recipe)
     rivals = {"plain": _Rival(lambda: _plain(trial, []), "python script.py")}
     missing: dict[str, str] = {}
     if launcher := _launcher():
         rivals["run_cpu"] = _Rival(lambda: _plain(trial, launcher), " ".join(launcher))
     else:
         missing["run_cpu"] = "neither torch nor IPEX brings a launcher here"
-    rivals["rule"] = _Rival(lambda: trial.measure(rule, _LIMIT_S), "plan by rule")
+    rivals["rule"] = _Rival(lambda: trial.measure(rule, _LIMIT_S), f"plan by rule: {words(rule)}")
     if tuned is not None:
-        rivals["tuned"] = _Rival(lambda: trial.measure(tuned, _LIMIT_S), f"profile {path}")
+        how = f"profile {path}: {words(tuned)}"
+        rivals["tuned"] = _Rival(lambda: trial.measure(tuned, _LIMIT_S), how)
     else:
         missing["tuned"] = "no profile fits this node: run knl tune"
     seconds = _in_turn(rivals, rounds, missing)
@@ -113,12 +117,14 @@ def describe(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _tuned(node: Topology, path: Path | None) -> Choices | None:
+def _tuned(node: Topology, path: Path | None, recipe: Recipe) -> Choices | None:
+    """The profile's choices in the recipe's type of numbers, as `knl train` takes them."""
     if path is None:
         return None
     profile = load_profile(path)
     require_fit(profile, node, path)
-    return profile.plan.choices
+    train = recipe.train
+    return msgspec.structs.replace(profile.plan.choices, dtype=train.dtype, compile=train.compile)
 
 
 def _launcher() -> list[str]:

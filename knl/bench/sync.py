@@ -44,6 +44,7 @@ def bench(
         "pixels": pixels,
         "layout": told["layout"],
         "versions": told["versions"],
+        "missing": told["missing"],
         "rows": [
             {"rival": name, "median_s": taken, "ratio_to_ddp": taken / medians["ddp-gloo"]}
             for name, taken in medians.items()

@@ -62,7 +62,12 @@ def _step(wanted: dict[str, Any], ranks: Ranks, bootstrap: MpiBootstrap) -> dict
         "knl-oneccl": ranks.describe(),
         "ddp-gloo": f"torch {torch.__version__}",
     }
-    return {"seconds": seconds, "versions": versions, "layout": layout}
+    missing = {
+        f"ddp-{name}": f"this torch has no backend {name}"
+        for name in ("mpi", "ccl")
+        if not getattr(torch.distributed, f"is_{name}_available", lambda: False)()
+    }
+    return {"seconds": seconds, "versions": versions, "layout": layout, "missing": missing}
 
 
 def _in_turn(

@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from knl.comm.roll_call import (
@@ -20,7 +19,8 @@ from knl.comm.roll_call import (
 )
 from knl.comm.watchdog import START_LIMIT, limit, start_timeout
 from knl.comm.world import SINGLE, World
-from knl.errors import FailedError, InputError, KnlError
+from knl.errors import CollectiveTimeoutError, FailedError, InputError, KnlError
+from knl.native import loaded_libraries
 
 _Result = TypeVar("_Result")
 
@@ -100,7 +100,7 @@ class StoreBootstrap:
     """Over the key-value store that torchrun serves at MASTER_ADDR:MASTER_PORT."""
 
     def __init__(self, world: World) -> None:
-        from torch.distributed import TCPStore
+        from torch.distributed import PrefixStore, TCPStore
 
         try:
             host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -114,7 +114,7 @@ class StoreBootstrap:
         self.world = world
         self.turn = 0
         try:
-            self.store = TCPStore(
+            store = TCPStore(
                 host,
                 port,
                 world.size,
@@ -125,6 +125,9 @@ class StoreBootstrap:
             raise FailedError(
                 f"{host}:{port}, the store of the ranks: {first_line(error)}"
             ) from None
+        # An agent's store outlives an attempt of torchrun, and so would its keys.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self.store = PrefixStore(f"knl-{attempt}", store)
         here = own_place()
         texts = [text.rpartition(" ") for text in self.gather(f"{here.host} {here.pid}")]
         places = [Place(name, int(pid)) for name, _, pid in texts]
@@ -163,16 +166,15 @@ def _start_mpi() -> Any:
     from mpi4py import MPI
 
     if not MPI.Is_initialized():
-        maps = Path("/proc/self/maps").read_text().split()
-        libraries = [path for path in maps if re.search(r"/libmpi(ch)?\.so[^/]*$", path)]
+        libraries = [p for p in loaded_libraries() if re.search(r"/libmpi(ch)?\.so[^/]*$", p)]
         if not libraries:
             raise RuntimeError("its library is not among the loaded ones")
         provided = ctypes.c_int()
         code = ctypes.CDLL(libraries[0]).MPI_Init_thread(
             None, None, MPI.THREAD_MULTIPLE, ctypes.byref(provided)
         )
-        if code != MPI.SUCCESS:
-            raise RuntimeError(f"MPI_Init_thread fails with {code}")
+        if code != MPI.SUCCESS or provided.value < MPI.THREAD_SERIALIZED:
+            raise RuntimeError(f"MPI_Init_thread: error {code}, thread level {provided.value}")
     return MPI
 
 
@@ -189,6 +191,8 @@ def together(bootstrap: Bootstrap, action: Callable[[], _Result]) -> _Result:
     result, error = None, None
     try:
         result = action()
+    except CollectiveTimeoutError:
+        raise  # a rank is missing: there is nobody to agree with
     except KnlError as caught:
         error = caught
     problems = bootstrap.gather("" if error is None else f"{error.exit_code} {error}")

@@ -126,7 +126,8 @@ def open_ranks(
         else:
             if not shared:
                 return Ranks(world, collectives, tuple(reasons))
-            collectives, why_not = share_node(world, bootstrap, collectives)
+            with limit("sharing memory", start_timeout(), world.rank, bootstrap.roll_call.tell):
+                collectives, why_not = share_node(world, bootstrap, collectives)
             if why_not:
                 reasons.append(f"in shared memory within the node: {why_not}")
             return Ranks(world, collectives, tuple(reasons))

@@ -18,6 +18,8 @@ import torch
 from knl.comm.agreement import Named, flat, require_same, require_same_layout
 from knl.comm.collectives import Handle, Ranks, waiting_for
 from knl.comm.node import SharedNode
+from knl.comm.shared_memory import NodeUnavailable
+from knl.errors import say
 
 Arrival = tuple[Sequence[int], Sequence[Optional[torch.Tensor]]]
 
@@ -68,7 +70,7 @@ class GradientSync:
         self._armed = self._stepped = False
         self._next = 0  # buckets start in order, the same on every rank
         # Ranks of a node do the sums themselves: in backward where the others have come as far.
-        self._inline = isinstance(ranks.collectives, SharedNode)
+        self._node = ranks.collectives if isinstance(ranks.collectives, SharedNode) else None
         for parameter in self.parameters:
             make_dense(parameter)
         if ranks.world.size == 1:
@@ -145,10 +147,8 @@ class GradientSync:
             self._arrived.append(number)
         self._bucket_of[number].missing -= 1
         self._start_buckets(complete=False)
-        if self._inline:
-            for bucket in self.buckets[: self._next]:
-                assert bucket.handle is not None  # started
-                bucket.handle.test()
+        if self._node is not None:
+            self._node.advance()
 
     def _start_buckets(self, complete: bool) -> None:
         """Start the next buckets in order, as far as they are full; all when `complete`."""
@@ -163,8 +163,11 @@ class GradientSync:
     def _lay_out(self, order: Sequence[int]) -> None:
         """Make buckets for the parameters in this order and point p.grad into them."""
         groups = self._group(order)
-        self.buckets = []
+        # The former memory is given up first: there may not be room for both.
+        self.buckets, self.carried = [], torch.zeros(1)
         self._bucket_of: dict[int, Bucket] = {}
+        for parameter in self.parameters:
+            parameter.grad = None
         for members, buffer in zip(groups, self._buffers(groups)):
             gradients, offset = [], 0
             for number in members:
@@ -185,9 +188,13 @@ class GradientSync:
         sizes = [sum(self.parameters[n].numel() for n in members) for members in groups]
         sizes[0] += self.carried.numel()
         dtypes = [self.parameters[members[0]].dtype for members in groups]
-        collectives = self.ranks.collectives
-        if isinstance(collectives, SharedNode) and set(dtypes) == {torch.float32}:
-            return collectives.buffers(sizes)
+        if self._node is not None and set(dtypes) == {torch.float32}:
+            try:
+                return self._node.buffers(sizes)
+            except NodeUnavailable as reason:
+                self._node = None
+                if self.ranks.world.rank == 0:
+                    say(f"gradients are summed by {self.ranks.provider} alone: {reason}")
         return [torch.zeros(size, dtype=dtype) for size, dtype in zip(sizes, dtypes)]
 
     def _group(self, order: Sequence[int]) -> list[list[int]]:

@@ -17,6 +17,7 @@ import ctypes
 import os
 import platform
 import time
+from collections import deque
 from collections.abc import Sequence
 
 import torch
@@ -60,6 +61,8 @@ def share_node(
     try:
         node.buffers([_SLICE])
     except NodeUnavailable as reason:
+        if between is not None:
+            between.close()
         return collectives, str(reason)
     return node, ""
 
@@ -87,10 +90,12 @@ class SharedNode:
         self.place = self.ranks.index(world.rank)
         self._kernels = _declare(native.load_kernels())
         self._slots: dict[int, tuple[Segments, int]] = {}
+        self._filled: deque[_Round] = deque()  # rounds whose sums this rank has yet to make
 
     def buffers(self, sizes: Sequence[int]) -> list[torch.Tensor]:
         """Float32 zeros of these sizes, in memory of the node; the former ones are given up. Every
         rank calls with the same sizes. Raises NodeUnavailable, on every rank alike."""
+        self._slots = {}
         segment = Segments(self._bootstrap, self.ranks, self._rank, sizes)
         self._slots = {t.data_ptr(): (segment, n) for n, t in enumerate(segment.tensors)}
         return segment.tensors
@@ -99,7 +104,17 @@ class SharedNode:
         found = self._slots.get(tensor.data_ptr())
         if found is None or found[0].sizes[found[1]] != tensor.numel():
             return self.inner.allreduce(tensor, priority)
-        return _Round(self, *found, priority)
+        started = _Round(self, *found, priority)
+        self._filled.append(started)
+        return started
+
+    def advance(self, seconds: float = 0.0) -> None:
+        """Make this rank's part of the sums that all ranks of the node have come to; wait so long
+        for the first of them. In the order of allreduce: between nodes it must be the same for
+        all."""
+        while self._filled and self._filled[0].is_filled(seconds):
+            self._filled.popleft().make_sum()
+            seconds = 0.0
 
     def broadcast(self, tensor: torch.Tensor, root: int) -> None:
         self.inner.broadcast(tensor, root)
@@ -140,15 +155,20 @@ class _Round:
 
     def _advance(self, seconds: float) -> bool:
         """Go as far as can be within so many seconds; whether the round is over."""
-        if self._state == "filled" and self._all("filled", seconds):
-            self._sum()
+        if self._state == "filled":
+            self._node.advance(seconds)
         if self._state == "between" and self._between_done(seconds):
             self._spread()
         if self._state == "spread" and self._all("spread", seconds):
             self._state = "done"
         return self._state == "done"
 
-    def _sum(self) -> None:
+    def is_filled(self, seconds: float) -> bool:
+        """Whether all ranks have filled the buffer, within so many seconds."""
+        return self._all("filled", seconds)
+
+    def make_sum(self) -> None:
+        """Add this rank's slice up, and hand it on."""
         ranks, place, between = len(self._node.ranks), self._node.place, self._node.between
         first, last = (0, ranks) if between is None else (place, place + 1)
         self._kernels.knl_node_sum(

@@ -18,6 +18,8 @@ _ANSWER_S = _COLLECT_S + 2.0
 _BOUND_S = 2 * _ANSWER_S + 2.0  # what asks may hang itself
 _SILENCE_S = 10.0  # in which the rank that tells takes this one down
 _STAGGER_S = 0.5
+# By which launchers number their processes.
+_RANKS = (b"PMI_RANK=", b"OMPI_COMM_WORLD_RANK=", b"SLURM_PROCID=")
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,7 @@ def siblings_missing(world: World) -> tuple[str, bool]:
             variables = (process / "environ").read_bytes().split(b"\0")
         except OSError:
             continue
-        numbers = [v.partition(b"=")[2] for v in variables if v.startswith(b"PMI_RANK=")]
+        numbers = [v.partition(b"=")[2] for v in variables if v.startswith(_RANKS)]
         if parent != os.getppid() or not numbers:
             continue
         rank, pid = int(numbers[0]), int(process.name)

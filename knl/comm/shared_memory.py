@@ -85,9 +85,7 @@ def _map_all(
     memories: list[mmap.mmap] = []
     token = secrets.token_bytes(_TOKEN_BYTES)
     try:
-        free = shutil.disk_usage(_SHARED).free
-        if free < size * len(ranks):
-            raise OSError(0, f"{free >> 20} MiB free, {size * len(ranks) >> 20} needed")
+        _require_room(bootstrap, size * len(ranks))
         with tempfile.TemporaryFile(dir=_SHARED) as file:
             file.truncate(size)
             own = _mapped(file.fileno(), size)
@@ -105,6 +103,16 @@ def _map_all(
         if text:
             raise NodeUnavailable(text)
     return memories
+
+
+def _require_room(bootstrap: Bootstrap, size: int) -> None:
+    """Raise NodeUnavailable on every rank where one finds too little: all look before anyone takes
+    some. Memory that is not there would end a process when it is touched."""
+    free = shutil.disk_usage(_SHARED).free
+    problem = f"{_SHARED}: {free >> 20} MiB free, {size >> 20} needed" if free < size else ""
+    for text in bootstrap.gather(problem):
+        if text:
+            raise NodeUnavailable(text)
 
 
 def _map_others(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -80,16 +81,26 @@ class TorchDist:
         )
 
     def allreduce(self, tensor: torch.Tensor, priority: int = 0) -> _Work:
-        try:
+        with self._told():
             return _Work(dist.all_reduce(tensor, async_op=True))
-        except RuntimeError as error:
-            raise _failure(error, self._timeout) from None
 
     def broadcast(self, tensor: torch.Tensor, root: int) -> None:
-        _Work(dist.broadcast(tensor, root, async_op=True)).wait(self._timeout)
+        with self._told():
+            work = _Work(dist.broadcast(tensor, root, async_op=True))
+        work.wait(self._timeout)
 
     def barrier(self) -> None:
-        _Work(dist.barrier(async_op=True)).wait(self._timeout)
+        with self._told():
+            work = _Work(dist.barrier(async_op=True))
+        work.wait(self._timeout)
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """A connection that breaks where a collective starts, as where it is waited for."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise _failure(error, self._timeout) from None
 
     def close(self) -> None:
         dist.destroy_process_group()

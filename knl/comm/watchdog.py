@@ -42,7 +42,10 @@ def limit(
     def watch() -> None:
         if done.wait(seconds):
             return
-        text = tell(f"{what}: not done after {seconds:g} s")
+        problem = f"{what}: not done after {seconds:g} s"
+        text: str | None = problem
+        with contextlib.suppress(Exception):  # whatever it is, the job must end
+            text = tell(problem)
         if done.is_set():
             return  # it came about while this rank asked around
         if text is not None:

@@ -55,7 +55,9 @@ class BatchNorm(nn.BatchNorm2d):
             for t in (x, residual)
             if t is not None
         )
-        several = x.dim() == 4 and x.numel() > x.size(1)  # of one value there is no variance
+        fits = fits and x.dim() == 4 and x.size(1) == self.num_features
+        fits = fits and (residual is None or residual.shape == x.shape)
+        several = fits and x.numel() > x.size(1)  # of one value there is no variance
         plain = self.momentum is not None and not _is_compiling()
         return fits and several and plain and self.training and torch.is_grad_enabled()
 

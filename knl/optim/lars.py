@@ -48,7 +48,9 @@ class Lars:
     `named`: dense parameters. `skip`: "bias" leaves out every tensor of that name, "norm" every
     other of one dimension (the gains of normalisation layers), any other word the tensors with it
     in their name. Raises InputError naming a parameter that is not float32.
-    `momentum_buffers` and the last `trust` (one number a tensor) may be read at any time.
+    `momentum_buffers` and the last `trust` (one number a tensor) may be read at any time. Weights
+    that others change (a checkpoint is loaded) are to be changed by torch's in-place operations: of
+    writes through `.data` or NumPy it learns nothing, and takes the last update's norms.
     """
 
     def __init__(

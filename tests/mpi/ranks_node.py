@@ -15,6 +15,7 @@ from ranks_common import LIMIT_S, Checks
 from knl.comm import shared_memory
 from knl.comm.bootstrap import Bootstrap
 from knl.comm.collectives import Ranks, open_ranks
+from knl.comm.gradient_sync import GradientSync
 from knl.comm.node import SharedNode
 from knl.errors import CollectiveTimeoutError
 
@@ -75,6 +76,46 @@ def other_tensors_go_by_the_provider(ranks: Ranks) -> None:
     assert not buffer[100:].any()
 
 
+def same_order_between_nodes(ranks: Ranks) -> None:
+    """Whichever sum is asked for, nodes meet over the first that was started: else ranks of a rail
+    would wait for each other in different ones."""
+    node = ranks.collectives
+    order = []
+
+    class Noted:
+        def allreduce(self, tensor: torch.Tensor, priority: int) -> object:
+            order.append(priority)
+            return between.allreduce(tensor, priority)
+
+    between, node.between = node.between, Noted()
+    handles = [node.allreduce(b, priority=k) for k, b in enumerate(node.buffers([70_000] * 3))]
+    while not handles[2].test():
+        time.sleep(0.001)
+    for handle in handles:
+        handle.wait(LIMIT_S)
+    node.between = between
+    assert order == [0, 1, 2]
+
+
+def no_room_for_the_next_layout(ranks: Ranks) -> None:
+    """Gradients go by the provider from then on, with the same sums."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    named = list(model.named_parameters())
+    sync = GradientSync(named, ranks, bucket_bytes=8, first_bucket_bytes=8, timeout=LIMIT_S)
+    usage = shared_memory.shutil.disk_usage
+    for step in range(3):
+        if step == 1 and ranks.world.rank == 2:
+            shared_memory.shutil.disk_usage = lambda _: usage("/")._replace(free=100)
+        sync.zero()
+        sync.arm()
+        model(torch.ones(1, 3)).sum().backward()
+        sync.finish()
+        shared_memory.shutil.disk_usage = usage
+        assert model[1].bias.grad.eq(float(ranks.world.size)).all()
+        shared = sync.buckets[0].buffer.data_ptr() in ranks.collectives._slots
+        assert shared == (step == 0)
+
+
 def late_rank(ranks: Ranks) -> None:
     """Who waits is told which rank of its node did not come; the round can still be ended."""
     (buffer,) = ranks.collectives.buffers([100])
@@ -121,6 +162,11 @@ def main(folder: Path) -> None:
             if name == "one node":
                 with checks.check(f"{provider}: late rank"):
                     late_rank(ranks)
+            elif name == "two nodes":
+                with checks.check(f"{provider}: same order between nodes"):
+                    same_order_between_nodes(ranks)
+                with checks.check(f"{provider}: no room for the next layout"):
+                    no_room_for_the_next_layout(ranks)
             ranks.collectives.close()
     with checks.check("apart"):
         ranks = opened(checks, "oneccl", APART)

@@ -79,6 +79,7 @@ def main(folder: Path) -> None:
     with checks.check("the memory in the last sleep"):
         seen = sums_seen_in_the_last_sleep(ranks, LONG_S if workers else SHORT_S)
         summed = [value == ranks.world.size for value in seen]
+        assert len(seen) == LAYERS - 1
         assert all(summed) if workers else not any(summed), seen
     ranks.collectives.close()
 

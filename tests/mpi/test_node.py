@@ -36,6 +36,16 @@ def test_a_late_rank_of_the_node_is_named(ranks, provider):
     ranks.require(f"{provider}: late rank")
 
 
+@pytest.mark.parametrize("provider", ["oneccl", "mpi"])
+def test_nodes_meet_over_their_sums_in_the_order_of_their_start(ranks, provider):
+    ranks.require(f"{provider}: same order between nodes")
+
+
+@pytest.mark.parametrize("provider", ["oneccl", "mpi"])
+def test_gradients_go_by_the_provider_where_there_is_no_room_for_new_buckets(ranks, provider):
+    ranks.require(f"{provider}: no room for the next layout")
+
+
 @pytest.mark.parametrize("case", ["apart", "unlike", "gloo between nodes", "no room", "not shared"])
 def test_the_provider_does_it_alone_where_nodes_cannot_and_says_why(ranks, case):
     ranks.require(case)

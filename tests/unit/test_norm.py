@@ -14,8 +14,9 @@ from knl.models import norm as fused
 from knl.models.norm import BatchNorm
 
 SHAPES = [(2, 3, 1, 1), (4, 17, 5, 3), (1, 1, 9, 9), (3, 300, 4, 4), (2, 16, 40, 30)]
-# More than 2**20 numbers: written past the caches.
+# More than 2**20 numbers: written past the caches where channels fill whole lines.
 LARGE = (4, 96, 56, 56)
+WIDE, ODD = (5, 272, 28, 28), (3, 359, 33, 30)
 
 
 def channels_last(*shape: int, seed: int = 0, shift: float = 0.0) -> torch.Tensor:
@@ -81,7 +82,7 @@ def require_like_torch(shape, relu: bool, with_residual: bool, shift: float = 0.
 
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("relu", [False, True])
-@pytest.mark.parametrize("shape", [*SHAPES, LARGE])
+@pytest.mark.parametrize("shape", [*SHAPES, LARGE, WIDE, ODD])
 def test_output_gradients_and_statistics_are_torchs(shape, relu, with_residual):
     require_like_torch(shape, relu, with_residual)
 
@@ -132,6 +133,15 @@ def test_a_gradient_in_another_layout_counts_the_same():
         dy = channels_last(2, 6, 5, 5, seed=3).contiguous(memory_format=order)
         results.append(by_kernels(made(6, True), x, None, dy)[1])
     assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+def test_shapes_that_do_not_fit_are_torchs_to_judge():
+    with pytest.raises((RuntimeError, ValueError)):
+        made(6, True)(channels_last(2, 12, 5, 5))
+    x, residual = channels_last(2, 6, 5, 5), channels_last(1, 6, 1, 1, seed=1)
+    reference, module = nn.BatchNorm2d(6), made(6, True)
+    reference.load_state_dict(module.state_dict())
+    assert torch.allclose(module(x, residual), torch.relu(reference(x) + residual), atol=1e-6)
 
 
 @pytest.mark.parametrize("case", ["layout", "type", "evaluation", "no gradients", "no momentum"])
