@@ -112,7 +112,7 @@ class SharedNode:
         """Make this rank's part of the sums that all ranks of the node have come to; wait so long
         for the first of them. In the order of allreduce: between nodes it must be the same for
         all."""
-        while self._filled and self._filled[0].is_filled(seconds):
+        while self._filled and self._filled[0].reached("filled", seconds):
             self._filled.popleft().make_sum()
             seconds = 0.0
 
@@ -159,13 +159,17 @@ class _Round:
             self._node.advance(seconds)
         if self._state == "between" and self._between_done(seconds):
             self._spread()
-        if self._state == "spread" and self._all("spread", seconds):
+        if self._state == "spread" and self.reached("spread", seconds):
             self._state = "done"
         return self._state == "done"
 
-    def is_filled(self, seconds: float) -> bool:
-        """Whether all ranks have filled the buffer, within so many seconds."""
-        return self._all("filled", seconds)
+    def reached(self, what: str, seconds: float) -> bool:
+        """Whether all ranks have "filled" or "spread" theirs, within so many seconds."""
+        slots = self._segment.slots[self._slot]
+        spread = what == "spread"
+        return bool(
+            self._kernels.knl_node_wait(slots.ctypes.data, len(slots), spread, self._round, seconds)
+        )
 
     def make_sum(self) -> None:
         """Add this rank's slice up, and hand it on."""
@@ -199,13 +203,6 @@ class _Round:
             self._node.place, self._begin, self._end,
         )  # fmt: skip
         self._note("spread")
-
-    def _all(self, what: str, seconds: float) -> bool:
-        slots = self._segment.slots[self._slot]
-        spread = what == "spread"
-        return bool(
-            self._kernels.knl_node_wait(slots.ctypes.data, len(slots), spread, self._round, seconds)
-        )
 
     def _note(self, what: str) -> None:
         own = int(self._segment.slots[self._slot][self._node.place])
