@@ -93,7 +93,10 @@ def describe(report: Report) -> str:
         lines.append(f"(read below {facts.fsroot}; all that follows is this machine's)")
     lines += ["", *_stack_lines(facts)]
     if stack.convolutions:
-        lines.append(f"\nconvolutions that ran (oneDNN sees {stack.onednn_isa or 'no ISA'}):")
+        lines += [
+            "",
+            *_wrap(f"oneDNN sees {stack.onednn_isa or 'no ISA'}; convolutions that ran:", 2),
+        ]
     for convolution in stack.convolutions:
         lines.append(
             f"  {convolution.layout:14} {convolution.direction:16} {convolution.implementation}"

@@ -131,7 +131,7 @@ class Trainer:
             loss = self._update(lr)
         except NonFiniteError as error:
             self.sync.finish()  # nothing may be under way when the ranks look for the cause
-            raise self._diagnosis(step, lr, losses, str(error)) from None
+            raise self._diagnosis(step, lr, losses, self._layer_at_fault() or str(error)) from None
         report = self.optimiser.report()
         ended = time.perf_counter()
         return StepMetrics(
@@ -175,6 +175,13 @@ class Trainer:
             except NonFiniteError as error:
                 raise NonFiniteError(f"gradient of {error}") from None
         return loss
+
+    def _layer_at_fault(self) -> str:
+        """The first layer whose summed gradient is not finite; "" where all are."""
+        for name, parameter in self.named:
+            if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+                return f"gradient of {name}"
+        return ""
 
     def evaluate(self) -> Evaluation:
         """Accuracy with the running statistics of all lanes."""

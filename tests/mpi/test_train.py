@@ -71,7 +71,7 @@ def test_every_step_has_a_row_of_metrics(team):
     for row in trained.steps:
         assert list(row) == [
             "step", "epoch", "loss", "lr", "images_per_s", "t_data", "t_compute",
-            "t_comm_exposed", "t_optim", "trust_min", "trust_max",
+            "t_forward", "t_comm_exposed", "t_optim", "trust_min", "trust_max",
         ]  # fmt: skip
         assert all(math.isfinite(value) and value >= 0 for value in row.values())
         assert row["trust_min"] <= row["trust_max"]

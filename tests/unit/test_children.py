@@ -27,7 +27,10 @@ def test_what_does_not_obey_is_killed_with_all_that_it_started(monkeypatch):
         started = int(process.stdout.readline())
     assert process.returncode == -signal.SIGKILL
     with contextlib.suppress(psutil.NoSuchProcess):  # a container may leave its dead unburied
-        assert psutil.Process(started).status() == psutil.STATUS_ZOMBIE
+        killed, deadline = psutil.Process(started), time.monotonic() + 5.0
+        while killed.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert killed.status() == psutil.STATUS_ZOMBIE
     process.stdout.close()
 
 

@@ -14,7 +14,7 @@ from knl.comm.world import SINGLE
 from knl.config import load_recipe
 from knl.data.dataset import open_dataset
 from knl.train.trainer import Trainer
-recipe = load_recipe(sys.argv[1], ["train.layout=channels_last"])
+recipe = load_recipe(sys.argv[1], ["train.layout=channels_last", "comm.bucket_mb=16"])
 trainer = Trainer(recipe, open_dataset(recipe.data, 0), Ranks(SINGLE, Alone()))
 trainer.step(0)
 trainer.evaluate()
