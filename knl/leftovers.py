@@ -1,13 +1,15 @@
 """Segments in /dev/shm that a process which is about to be killed would leave behind.
 
 Intel MPI's start makes one under a random name and removes the name when all ranks have come.
+libiomp5 keeps one under the number of its process until that ends in order.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 # Its own names alone: a user's files may lie and be mapped there as well.
@@ -31,4 +33,13 @@ def remove_segments(segments: Mapping[Path, int]) -> None:
     for path, inode in segments.items():
         with contextlib.suppress(OSError):
             if path.stat().st_ino == inode:
+                path.unlink()
+
+
+def remove_openmp_segments(pids: Iterable[int]) -> None:
+    """Remove libiomp5's of those of these processes that are gone."""
+    for pid in pids:
+        if not Path(f"/proc/{pid}").exists():
+            path = Path(f"/dev/shm/__KMP_REGISTERED_LIB_{pid}_{os.getuid()}")
+            with contextlib.suppress(OSError):  # mostly there is none
                 path.unlink()

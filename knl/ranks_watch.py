@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from knl.errors import say
-from knl.leftovers import remove_segments, segments_of
+from knl.leftovers import remove_openmp_segments, remove_segments, segments_of
 
 _POLL_S = 0.1
 _SIGNAL_GRACE_S = 1.0  # an abort kills the ranks, too: then none is left to be ended
@@ -40,6 +40,7 @@ class RanksWatch:
         themselves."""
         status, dead = self._watch()
         remove_segments(self.segments)
+        remove_openmp_segments(self.pids.values())
         return status, dead
 
     def _watch(self) -> tuple[int, str]:

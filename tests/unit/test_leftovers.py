@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from knl.leftovers import remove_segments, segments_of
+from knl.leftovers import remove_openmp_segments, remove_segments, segments_of
 
 
 @pytest.fixture
@@ -49,6 +49,18 @@ def test_another_file_that_has_taken_the_name_stays(mapped):
     newer.replace(path)
     remove_segments(noted)
     assert path.exists()
+
+
+def test_libiomp5_s_segment_of_a_process_that_is_gone_is_removed():
+    gone, alive = os.getpid() + 2**22, os.getpid()
+    paths = [Path(f"/dev/shm/__KMP_REGISTERED_LIB_{pid}_{os.getuid()}") for pid in (gone, alive)]
+    had_one = paths[1].exists()
+    for path in paths:
+        path.touch()
+    remove_openmp_segments((gone, alive))
+    assert [path.exists() for path in paths] == [False, True]
+    if not had_one:
+        paths[1].unlink()
 
 
 def test_a_process_that_is_gone_has_none():
