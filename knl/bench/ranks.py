@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from knl.children import child
+from knl.comm.watchdog import end_job
 from knl.errors import FailedError
 from knl.launch import ranks_command
 
@@ -69,10 +70,6 @@ def as_rank(work: Callable[[dict[str, Any]], dict[str, Any] | None]) -> None:
         except BaseException as error:
             kind = "" if isinstance(error, FailedError) else f"{type(error).__name__}: "
             print(kind + " ".join(str(error).split()), file=sys.stderr, flush=True)
-            mpi = sys.modules.get("mpi4py.MPI")
-            if mpi is not None:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the line above says more
-                mpi.COMM_WORLD.Abort(1)
-            sys.exit(1)
+            end_job(FailedError.exit_code)
         if result is not None:
             os.write(stdout, b"\n" + json.dumps(result).encode() + b"\n")

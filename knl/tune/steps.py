@@ -13,8 +13,9 @@ import resource
 import sys
 from collections.abc import Callable
 
+from knl.comm.watchdog import end_job
 from knl.comm.world import world_from
-from knl.errors import KnlError
+from knl.errors import FailedError, KnlError
 
 _KIB = 1024
 
@@ -33,10 +34,7 @@ def main(recipe_file: str, steps: int) -> None:
         except BaseException as error:
             kind = "" if isinstance(error, KnlError) else f"{type(error).__name__}: "
             tell(reason=kind + " ".join(str(error).split()))
-            mpi = sys.modules.get("mpi4py.MPI")
-            if mpi is not None:
-                mpi.COMM_WORLD.Abort(1)
-            sys.exit(1)
+            end_job(FailedError.exit_code)
 
 
 def _train(recipe_file: str, steps: int, tell: Callable[..., None]) -> None:

@@ -13,6 +13,22 @@ from .launch import knl, run
 EPOCHS, STEPS = 3, 15
 ARGUMENTS = ("train", "digits", "--set", f"train.epochs={EPOCHS}", "--json")
 
+# A network that trains in a moment, on made-up pictures.
+SMALL_RECIPE = """
+[model]
+name = "resnet-small"
+[data]
+name = "synthetic"
+image_size = 32
+classes = 10
+[train]
+epochs = 1
+lanes = 2
+lane_batch = 16
+[schedule]
+lr = 0.1
+"""
+
 
 @dataclass(frozen=True)
 class Run:

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from .launch import knl, run
+from .runs import SMALL_RECIPE
 
 
 def bench(*arguments: str):
@@ -34,10 +35,7 @@ def test_allreduce_has_every_rival_and_quotients_for_ratios():
 
 def test_sync_compares_the_same_gradients_and_tells_the_overlap(tmp_path):
     recipe = tmp_path / "small.toml"
-    recipe.write_text(
-        '[model]\nname = "resnet-small"\n[data]\nname = "synthetic"\nimage_size = 32\n'
-        "classes = 10\n[train]\nepochs = 1\nlanes = 2\nlane_batch = 4\n[schedule]\nlr = 0.1\n"
-    )
+    recipe.write_text(SMALL_RECIPE)
     result = bench("sync", "-n", "2", "--recipe", str(recipe), "--images", "4", "--rounds", "1")
     rows = {row["rival"]: row for row in result["rows"]}
     assert set(rows) >= {"knl", "knl-oneccl", "ddp-gloo"}

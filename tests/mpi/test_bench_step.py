@@ -7,29 +7,15 @@ import json
 import pytest
 
 from .launch import knl, run
+from .runs import SMALL_RECIPE
 
-RECIPE = """
-[model]
-name = "resnet-small"
-[data]
-name = "synthetic"
-image_size = 16
-classes = 10
-samples = 256
-[train]
-epochs = 1
-lanes = 2
-lane_batch = 16
-[schedule]
-lr = 0.1
-"""
 SMALL = ("--images", "8", "--steps", "2", "--rounds", "2")
 
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory) -> dict:
     place = tmp_path_factory.mktemp("bench")
-    (place / "small.toml").write_text(RECIPE)
+    (place / "small.toml").write_text(SMALL_RECIPE)
     done = run(knl("bench", "step", "--recipe", "small.toml", *SMALL, "--json"), place, 200.0)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

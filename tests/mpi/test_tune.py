@@ -19,28 +19,15 @@ from knl.sysfs import read_topology
 from knl.tune.trial import Bench
 
 from .launch import knl, own_environment, run, started
+from .runs import SMALL_RECIPE
 
-SMALL = """
-[model]
-name = "resnet-small"
-[data]
-name = "synthetic"
-image_size = 32
-classes = 10
-[train]
-epochs = 1
-lanes = 2
-lane_batch = 16
-[schedule]
-lr = 0.1
-"""
 LAYOUT = "ipex" if has_ipex() else "channels_last"
 
 
 @pytest.fixture
 def recipe(tmp_path):
     path = tmp_path / "small.toml"
-    path.write_text(SMALL)
+    path.write_text(SMALL_RECIPE)
     return path
 
 
