@@ -12,6 +12,8 @@ from typing import IO
 
 import psutil
 
+from knl.leftovers import remove_openmp_segments
+
 _MARK = "KNL_CHILD"
 _GRACE_S = 5.0
 
@@ -51,13 +53,16 @@ def _end(process: subprocess.Popen[bytes], mark: str) -> list[int]:
     numbers = (signal.SIGINT, signal.SIGTERM)
     held = {n: signal.signal(n, lambda number, _: came.append(number)) for n in numbers}
     try:
+        started = _processes_of(mark)
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
-        psutil.wait_procs(_processes_of(mark), timeout=_GRACE_S)
+        psutil.wait_procs(started, timeout=_GRACE_S)
         for survivor in _processes_of(mark):
             with contextlib.suppress(psutil.Error):
                 survivor.kill()
         process.wait()
+        psutil.wait_procs(started, timeout=1.0)
+        remove_openmp_segments(each.pid for each in started)
     finally:
         for number, handler in held.items():
             signal.signal(number, handler)
