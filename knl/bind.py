@@ -35,12 +35,17 @@ def rank_environment(plan: Plan, rank: RankPlan, where: str) -> dict[str, str]:
     return found
 
 
+def loader_cpus() -> frozenset[int]:
+    """Where loader threads belong: by the plan or, without one, all CPUs that this process had at
+    its start."""
+    return frozenset(parse_cpulist(os.environ.get(_LOADER_CPUS, ""))) or _MASK
+
+
 @contextmanager
 def on_loader_cpus() -> Iterator[None]:
-    """Threads started here run on the plan's loader CPUs or, without a plan, on all that this
-    process had at its start."""
+    """Threads started here run on the loader CPUs."""
     before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, parse_cpulist(os.environ.get(_LOADER_CPUS, "")) or _MASK)
+    os.sched_setaffinity(0, loader_cpus())
     try:
         yield
     finally:

@@ -44,7 +44,10 @@ class Model(_Section, frozen=True):
 class Data(_Section, frozen=True):
     """What samples. `path`: folder of a set on disk. `image_size`: pixels a side as stored, 0 for
     the set's own; `crop`: as trained, 0 for the whole picture. `samples`, `classes`: of the
-    synthetic set. `chunk`: neighbouring records that stay together when an epoch is shuffled."""
+    synthetic set. `chunk`: neighbouring records that stay together when an epoch is shuffled.
+    Of packed sets alone: `colour_jitter`: brightness, contrast and saturation times 1 +- so much;
+    `lighting`: deviations of AlexNet's PCA lighting (0.1 there); `max_damaged`: records that may
+    be replaced before the run stops. `prefetch_mb`: MiB of batches made ahead on each rank."""
 
     name: Literal["digits", "fashion-mnist", "synthetic", "packed"]
     path: str = ""
@@ -54,6 +57,10 @@ class Data(_Section, frozen=True):
     classes: Annotated[int, Meta(ge=2)] = 1000
     samples: _Positive = 65536
     chunk: _Positive = 1
+    colour_jitter: _Share = 0.0
+    lighting: _Share = 0.0
+    max_damaged: _Count = 10
+    prefetch_mb: _AboveZero = 256.0
 
 
 class Train(_Section, frozen=True):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +15,7 @@ from knl.choices import Choices, rule_choices
 from knl.comm.world import World
 from knl.config import Recipe
 from knl.errors import InputError
+from knl.files import replace_file
 from knl.packages import IPEX, version_of
 from knl.plan import Plan, crowded_plan, make_plan, plan_by_rule
 from knl.topology import Topology
@@ -123,17 +122,11 @@ def load_profile(path: Path) -> Profile:
 def save_profile(profile: Profile, path: Path) -> None:
     """Write it whole or not at all. Raises InputError when the place cannot be written."""
     content = json.dumps(msgspec.to_builtins(profile), indent=1) + "\n"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with replace_file(path) as file:
+            file.write(content.encode())
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise InputError(f"profile {path}: cannot be written: {error.strerror}") from None
 
 

@@ -41,12 +41,13 @@ class GradientSync:
 
     A step is: `zero()`; backward of all local lanes but the last; `arm()`; backward of the last
     lane; `arrivals()`, or `finish()` where nothing is to be done as buckets arrive. In a world of
-    one nothing is hooked and no bucket is made. `carried`: a number that is summed along with the
-    first bucket; set it before `arm`, read the sum when that bucket is there. `waited`: seconds
+    one nothing is hooked and no bucket is made. `carried`: numbers that are summed along with the
+    first bucket; set them before `arm`, read the sums when that bucket is there. `waited`: seconds
     that the last step waited for sums after backward.
 
-    `bucket_bytes`: size at which a bucket is closed; `first_bucket_bytes`: of the first one, small
-    so that communication starts early. `timeout`: seconds to wait for a bucket.
+    `carry`: how many numbers; `bucket_bytes`: size at which a bucket is closed;
+    `first_bucket_bytes`: of the first one, small so that communication starts early. `timeout`:
+    seconds to wait for a bucket.
     Raises FailedError when the ranks' models or sizes of buckets differ.
     """
 
@@ -58,6 +59,7 @@ class GradientSync:
         bucket_bytes: int,
         first_bucket_bytes: int,
         timeout: float,
+        carry: int = 1,
     ) -> None:
         self.parameters = [parameter for _, parameter in named]
         self.names = [name for name, _ in named]
@@ -65,7 +67,7 @@ class GradientSync:
         self.bucket_bytes, self.first_bucket_bytes = bucket_bytes, first_bucket_bytes
         self.buckets: list[Bucket] = []
         self.waited = 0.0
-        self.carried = torch.zeros(1)
+        self.carried = torch.zeros(carry)
         self._arrived: list[int] | None = []  # order of the first backward; None once it is known
         self._armed = self._stepped = False
         self._next = 0  # buckets start in order, the same on every rank
@@ -164,7 +166,7 @@ class GradientSync:
         """Make buckets for the parameters in this order and point p.grad into them."""
         groups = self._group(order)
         # The former memory is given up first: there may not be room for both.
-        self.buckets, self.carried = [], torch.zeros(1)
+        self.buckets, self.carried = [], torch.zeros(self.carried.numel())
         self._bucket_of: dict[int, Bucket] = {}
         for parameter in self.parameters:
             parameter.grad = None

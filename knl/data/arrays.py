@@ -47,6 +47,7 @@ class ArrayDataset:
             )
         self.pixels = data.crop or stored
         self.train_samples, self.test_samples = len(train.labels), len(test.labels)
+        self.damaged: dict[int, str] = {}
         self._train, self._test, self._seed = train, test, seed
         self._augments = data.augment == "crop-flip"
 
@@ -58,6 +59,9 @@ class ArrayDataset:
 
     def test_batch(self, samples: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
         return centre_crop(self._test.images[samples], self.pixels), self._test.labels[samples]
+
+    def place_of(self, sample: int) -> str:
+        return f"sample {sample}"
 
 
 def read_digits(path: str) -> tuple[Split, Split]:

@@ -11,13 +11,17 @@ from knl.errors import InputError
 
 
 class Dataset(Protocol):
-    """Pictures and labels. A batch is float32 [n, channels, pixels, pixels] and int64 [n]."""
+    """Pictures and labels. A batch is float32 [n, channels, pixels, pixels] and int64 [n].
+
+    `damaged`: training samples that could not be read so far, each with the reason.
+    """
 
     classes: int
     channels: int
     pixels: int
     train_samples: int
     test_samples: int
+    damaged: dict[int, str]
 
     def train_batch(self, samples: NDArray[Any], epoch: int) -> tuple[NDArray[Any], NDArray[Any]]:
         """The samples with these numbers, as augmented in this epoch."""
@@ -25,14 +29,16 @@ class Dataset(Protocol):
     def test_batch(self, samples: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
         """Samples that are never trained on."""
 
+    def place_of(self, sample: int) -> str:
+        """Where a training sample is stored."""
+
 
 def open_dataset(data: Data, seed: int) -> Dataset:
     """Open the set. Raises InputError when it is not there or cannot be what the recipe wants."""
     if data.name == "packed":
-        raise InputError(
-            f"data.name = 'packed' (data.path = {data.path!r}): packed sets cannot be read by this "
-            "version yet; --set data.name=synthetic tries the recipe's speed without its data"
-        )
+        from knl.data.packed import PackedDataset
+
+        return PackedDataset(data, seed)
     if data.augment == "random-resized-crop":
         raise InputError(
             f"data.augment = 'random-resized-crop': not for data.name = {data.name!r}; "

@@ -31,6 +31,7 @@ class Synthetic:
         self.pixels = data.crop or stored
         self.train_samples = data.samples
         self.test_samples = max(1, data.samples // _TEST_SHARE)
+        self.damaged: dict[int, str] = {}
         self._stored, self._seed = stored, seed
         self._augments = data.augment == "crop-flip"
         # Fixed, not of the run's seed: another seed is another run on the same set.
@@ -46,6 +47,9 @@ class Synthetic:
     def test_batch(self, samples: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
         images, labels = self._make(samples + self.train_samples)
         return centre_crop(images, self.pixels), labels
+
+    def place_of(self, sample: int) -> str:
+        return f"sample {sample}"
 
     def _make(self, samples: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
         labels = (mix(1, samples) % np.uint64(self.classes)).astype(np.int64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -11,7 +12,8 @@ from torch import nn
 from knl.comm.collectives import Ranks, allreduce_numbers
 from knl.config import Train
 from knl.data.dataset import Dataset
-from knl.train.forward import forward, to_tensors
+from knl.data.loader import Loader
+from knl.train.forward import forward
 
 
 @dataclass(frozen=True)
@@ -25,15 +27,22 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, dataset: Dataset, train: Train, ranks: Ranks, timeout: float
+    model: nn.Module,
+    dataset: Dataset,
+    loader: Loader,
+    train: Train,
+    ranks: Ranks,
+    timeout: float,
 ) -> Evaluation:
     """Rank r of R takes the samples r, r + R, ...; the sums are exact whatever R is."""
     model.eval()
     mine = np.arange(ranks.world.rank, dataset.test_samples, ranks.world.size)
     first, five, loss = 0, 0, 0.0
-    for start in range(0, len(mine), train.lane_batch):
-        batch = dataset.test_batch(mine[start : start + train.lane_batch])
-        images, labels = to_tensors(batch, train.layout)
+    orders = (
+        partial(dataset.test_batch, mine[start : start + train.lane_batch])
+        for start in range(0, len(mine), train.lane_batch)
+    )
+    for images, labels in loader.run(orders):
         scores = forward(model, images, train.dtype).float()
         loss += nn.functional.cross_entropy(scores, labels, reduction="sum").item()
         guesses = scores.topk(min(5, scores.shape[1]), dim=1).indices == labels[:, None]

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from knl.errors import InputError
@@ -16,15 +12,6 @@ _LAYOUTS = {
     "channels_last": torch.channels_last,
     "ipex": torch.channels_last,
 }
-
-
-def to_tensors(
-    batch: tuple[NDArray[Any], NDArray[Any]], layout: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images in the layout the network wants, and labels."""
-    images, labels = batch
-    tensor = torch.from_numpy(np.ascontiguousarray(images))
-    return tensor.contiguous(memory_format=_LAYOUTS[layout]), torch.from_numpy(labels)
 
 
 def to_layout(model: nn.Module, layout: str) -> nn.Module:

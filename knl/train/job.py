@@ -67,7 +67,10 @@ def _run(
                 bootstrap,
                 lambda: RunDirectory(path, recipe, ranks, hosts) if world.rank == 0 else None,
             )
-        outcome = _train(trainer, run, ranks)
+        try:
+            outcome = _train(trainer, run, ranks)
+        finally:
+            trainer.close()
     except KnlError as error:
         if error.shared:  # else ranks may be gone, and closing waits for them
             ranks.collectives.close()
@@ -142,6 +145,7 @@ def _result(
         "loss": outcome.evaluation.loss,
         "steps": outcome.steps,
         "epochs": outcome.epochs,
+        "damaged_records": outcome.damaged,
         "images_per_s": outcome.images_per_s,
         "ranks": ranks.world.size,
         "lanes": recipe.train.lanes,

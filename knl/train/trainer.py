@@ -6,7 +6,9 @@ import contextlib
 import math
 import os
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 import torch
@@ -19,13 +21,15 @@ from knl.config import Recipe
 from knl.data.dataset import Dataset
 from knl.data.hashing import mix
 from knl.data.lanes import Lanes, lanes_of
+from knl.data.loader import Arrays, Batch, Loader
 from knl.errors import NonFiniteError
 from knl.models import build_model, require_pixels
 from knl.optim.lars import Lars
 from knl.optim.schedule import lr_at
 from knl.train.batchnorm import RunningStatistics
+from knl.train.damage import Damage
 from knl.train.evaluate import Evaluation, evaluate
-from knl.train.forward import forward, to_layout, to_tensors
+from knl.train.forward import forward, to_layout
 from knl.train.metrics import RunDirectory, StepMetrics
 from knl.train.progress import Display
 
@@ -41,13 +45,15 @@ def set_interop_threads() -> None:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run came to. `images_per_s`: median over steps but the first, which warms up."""
+    """What a run came to. `images_per_s`: median over steps but the first, which warms up;
+    `damaged`: training records that others had to stand in for."""
 
     evaluation: Evaluation
     steps: int
     epochs: float
     images_per_s: float
     weights_crc32: str
+    damaged: int
 
 
 class Trainer:
@@ -79,7 +85,13 @@ class Trainer:
             bucket_bytes=int(comm.bucket_mb * _MB),
             first_bucket_bytes=int(comm.first_bucket_mb * _MB),
             timeout=self.timeout,
+            carry=len(("loss", "damaged records")),
         )
+        self.damage = Damage(dataset, ranks, recipe.data.max_damaged, self.timeout)
+        batch_bytes = 4 * train.lane_batch * dataset.channels * dataset.pixels**2
+        self.loader = Loader(train.layout, batch_bytes, recipe.data.prefetch_mb)
+        self._coming: Iterator[Batch] = iter(())
+        self._coming_step = 0
         o = recipe.optim
         self.optimiser = Lars(
             self.named,
@@ -104,9 +116,10 @@ class Trainer:
         """One update over all lanes; `step` counts from 0.
 
         Raises NonFiniteError on every rank, naming step, lane and layer. A loss at fault has not
-        reached the weights; where a gradient is, layers after it may have moved.
+        reached the weights; where a gradient is, layers after it may have moved. Raises FailedError
+        on every rank where too many records of the set are damaged.
         """
-        epoch, step_in_epoch = divmod(step, self.lanes.steps_per_epoch)
+        batches = self._batches(step)
         lr = lr_at(self.recipe.schedule, self.epoch_at(step), self.recipe.train.epochs)
         began = time.perf_counter()
         t_data = t_forward = 0.0
@@ -114,24 +127,23 @@ class Trainer:
         self.sync.zero()
         for number, lane in enumerate(self.my_lanes):
             asked = time.perf_counter()
-            samples = self.lanes.batch(epoch, step_in_epoch, lane)
-            batch = self.dataset.train_batch(samples, epoch)
-            images, labels = to_tensors(batch, self.recipe.train.layout)
+            images, labels = next(batches)
             given = time.perf_counter()
             lane_loss = self._forward(step, number, lane, images, labels)
             losses.append(float(lane_loss.item()))
             t_data += given - asked
             t_forward += time.perf_counter() - given
             if number == len(self.my_lanes) - 1:
-                self.sync.carried.fill_(sum(losses))
+                self.sync.carried[0], self.sync.carried[1] = sum(losses), self.damage.here()
                 self.sync.arm()
             lane_loss.backward()
         computed = time.perf_counter()
         try:
-            loss = self._update(lr)
+            loss, damaged = self._update(lr)
         except NonFiniteError as error:
             self.sync.finish()  # nothing may be under way when the ranks look for the cause
             raise self._diagnosis(step, lr, losses, self._layer_at_fault() or str(error)) from None
+        self.damage.check(damaged)
         report = self.optimiser.report()
         ended = time.perf_counter()
         return StepMetrics(
@@ -149,6 +161,25 @@ class Trainer:
             trust_max=report.trust_max,
         )
 
+    def close(self) -> None:
+        """End what makes batches ahead."""
+        self.loader.close()
+
+    def _batches(self, step: int) -> Iterator[Batch]:
+        """The batches of this rank's lanes from a step on: those that are being made already, when
+        steps follow one another."""
+        if step != self._coming_step or step == 0 or step >= self.total_steps:
+            self._coming = self.loader.run(self._orders(step))
+        self._coming_step = step + 1
+        return self._coming
+
+    def _orders(self, first: int) -> Iterator[Callable[[], Arrays]]:
+        for step in range(first, max(self.total_steps, first + 1)):
+            epoch, step_in_epoch = divmod(step, self.lanes.steps_per_epoch)
+            for lane in self.my_lanes:
+                samples = self.lanes.batch(epoch, step_in_epoch, lane)
+                yield partial(self.dataset.train_batch, samples, epoch)
+
     def _forward(
         self, step: int, number: int, lane: int, images: torch.Tensor, labels: torch.Tensor
     ) -> torch.Tensor:
@@ -160,21 +191,21 @@ class Trainer:
         outputs = forward(self.model, images, self.recipe.train.dtype)
         return self.loss(outputs.float(), labels)
 
-    def _update(self, lr: float) -> float:
+    def _update(self, lr: float) -> tuple[float, int]:
         """Move the weights bucket by bucket, while the sums of later ones are under way. Returns
-        the loss, summed over all lanes. Raises NonFiniteError naming it or the gradient at fault;
-        where it is the loss, before any weight has moved."""
-        scale, loss = 1.0 / self.recipe.train.lanes, float("nan")
+        the sums over all ranks: of the loss, and of damaged records. Raises NonFiniteError naming
+        the loss or the gradient at fault; where it is the loss, before any weight has moved."""
+        scale, loss, damaged = 1.0 / self.recipe.train.lanes, float("nan"), 0.0
         for number, (members, gradients) in enumerate(self.sync.arrivals()):
             if number == 0:
-                loss = float(self.sync.carried.item())
+                loss, damaged = self.sync.carried.tolist()
                 if not math.isfinite(loss):
                     raise NonFiniteError("loss")
             try:
                 self.optimiser.update(members, gradients, lr, scale)
             except NonFiniteError as error:
                 raise NonFiniteError(f"gradient of {error}") from None
-        return loss
+        return loss, round(damaged)
 
     def _layer_at_fault(self) -> str:
         """The first layer whose summed gradient is not finite; "" where all are."""
@@ -186,7 +217,9 @@ class Trainer:
     def evaluate(self) -> Evaluation:
         """Accuracy with the running statistics of all lanes."""
         self.statistics.average(self.ranks, self.timeout)
-        return evaluate(self.model, self.dataset, self.recipe.train, self.ranks, self.timeout)
+        return evaluate(
+            self.model, self.dataset, self.loader, self.recipe.train, self.ranks, self.timeout
+        )
 
     def check_weights(self, when: str) -> str:
         """The weights' checksum. Raises FailedError naming the tensor where ranks have drifted."""
@@ -236,4 +269,5 @@ def train(trainer: Trainer, run: RunDirectory | None, display: Display | None) -
         epochs=trainer.epoch_at(total),
         images_per_s=median(speeds[1:] or speeds),
         weights_crc32=checksum,
+        damaged=trainer.damage.total,
     )

@@ -1,0 +1,1 @@
+"""`knl data pack`: source pictures to a packed set (`knl.data.packed_set`)."""

@@ -1,0 +1,49 @@
+"""Damaged training records, counted over all ranks, so that all of them stop at the same step."""
+
+from __future__ import annotations
+
+from knl.comm.collectives import Ranks, allreduce_numbers
+from knl.data.dataset import Dataset
+from knl.errors import FailedError
+
+
+class Damage:
+    """Counts what the ranks' datasets had to replace. A record that several ranks came across, in
+    different epochs, is one."""
+
+    def __init__(self, dataset: Dataset, ranks: Ranks, limit: int, timeout: float) -> None:
+        self._dataset, self._ranks = dataset, ranks
+        self._limit, self._timeout = limit, timeout
+        self._known: set[int] = set()  # to all ranks
+        self.total = 0
+
+    def here(self) -> int:
+        """How many this rank has found beside those that all know; to be summed over ranks."""
+        return len(set(self._dataset.damaged) - self._known)
+
+    def check(self, sum_here: int) -> None:
+        """Raise FailedError on every rank where there are more than the limit. `sum_here`: the sum
+        of `here`, the same on all ranks."""
+        self.total = len(self._known) + sum_here
+        if self.total <= self._limit:
+            return
+        self._known |= self._exchange()
+        self.total = len(self._known)
+        if self.total > self._limit:
+            # Records that another rank found have no reason here.
+            place = self._dataset.place_of(min(self._known))
+            raise FailedError(
+                f"{self.total} records are damaged, more than data.max_damaged = {self._limit}, "
+                f"the first of them {place}: knl data verify names them all; pack or copy the "
+                "shard again, or raise data.max_damaged",
+                shared=True,
+            )
+
+    def _exchange(self) -> set[int]:
+        """The records that any rank has found; of each rank as many as may matter."""
+        room = self._limit + 1
+        slots = [0.0] * (room * self._ranks.world.size)
+        for place, record in enumerate(sorted(set(self._dataset.damaged) - self._known)[:room]):
+            slots[self._ranks.world.rank * room + place] = record + 1.0
+        sums = allreduce_numbers(self._ranks.collectives, slots, self._timeout, "damaged records")
+        return {int(number) - 1 for number in sums if number}
