@@ -88,6 +88,12 @@ def train(
     provider: Provider = typer.Option(
         "auto", help="Collectives; auto takes the first that works and says which."
     ),
+    stage: Optional[Path] = typer.Option(
+        None,
+        metavar="DIR",
+        help="Node-local folder: each node first copies what its lanes need of a packed set there; "
+        "where there is no room it reads in place and says so.",
+    ),
     as_json: bool = typer.Option(
         False, "--json", help="Print the result as one JSON object on stdout."
     ),
@@ -120,7 +126,7 @@ def train(
             f"{world.launcher}; leave -n out here, or start knl without a launcher",
             shared=True,
         )
-    request = _Request(recipe, overrides, run_dir, profile, provider, as_json)
+    request = _Request(recipe, overrides, run_dir, profile, provider, stage, as_json)
     if ranks is None and world.launcher == "single":
         ranks = _ranks_of_profile(request)
     if ranks is None or ranks == 1:
@@ -144,6 +150,7 @@ class _Request:
     run_dir: Path | None
     profile: str | None
     provider: str
+    stage: Path | None
     as_json: bool
 
     @property
@@ -184,6 +191,8 @@ def _train_as_launcher(ranks: int, request: _Request) -> None:
         arguments += ["--set", override]
     if request.run_dir is not None:
         arguments += ["--run-dir", str(request.run_dir)]
+    if request.stage is not None:
+        arguments += ["--stage", str(request.stage)]
     if request.as_json:
         arguments.append("--json")
     columns = shutil.get_terminal_size().columns if sys.stderr.isatty() else None
@@ -213,6 +222,7 @@ def _train_as_rank(world: World, request: _Request) -> None:
             request.overrides,
             request.run_dir,
             request.provider,
+            request.stage,
         )
         if request.as_json and result is not None:
             os.write(stdout, json.dumps(result).encode() + b"\n")

@@ -139,6 +139,27 @@ def overhead(
     )
 
 
+@app.command()
+def data(
+    recipe: str = typer.Option("resnet50-bench", help="Recipe whose step reads the images."),
+    steps: int = typer.Option(3, min=0, help="Steps of it, after one to warm up; 0 for none."),
+    rounds: int = _ROUNDS,
+    as_json: bool = _JSON,
+) -> None:
+    """From record to batch on one core: our loader beside PIL and libjpeg-turbo alone.
+
+    Example: knl bench data --json
+
+    JPEGs as ImageNet has them with random resized crop, JPEGs of short side 256 and raw records
+    with plain crop; and how long a training step that reads them has to wait.
+    """
+    from knl.bench.data import ROUNDS, bench, describe
+    from knl.config import load_recipe
+
+    result = bench(load_recipe(recipe), rounds or ROUNDS, steps, os.environ)
+    _print(result, describe, as_json)
+
+
 def _under_plan() -> None:
     """Measure as training would run: bound, in the plan's environment."""
     from knl.bind import PLAN

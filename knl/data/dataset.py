@@ -39,6 +39,12 @@ def open_dataset(data: Data, seed: int) -> Dataset:
         from knl.data.packed import PackedDataset
 
         return PackedDataset(data, seed)
+    for key in ("colour_jitter", "lighting"):
+        if getattr(data, key):
+            raise InputError(
+                f"data.{key} = {getattr(data, key):g}: must be 0 for data.name = {data.name!r}; "
+                "packed sets alone have it"
+            )
     if data.augment == "random-resized-crop":
         raise InputError(
             f"data.augment = 'random-resized-crop': not for data.name = {data.name!r}; "

@@ -46,8 +46,13 @@ class Lanes:
 
     def batch(self, epoch: int, step: int, lane: int) -> NDArray[Any]:
         """Numbers of the `lane_batch` samples, for a step counted within the epoch."""
-        start = (lane * self.steps_per_epoch + step) * self.lane_batch
-        return _order(self.samples, self.chunk, self.seed, epoch)[start : start + self.lane_batch]
+        return self.run(epoch, lane, 1, step)
+
+    def run(self, epoch: int, lane: int, steps: int, first: int = 0) -> NDArray[Any]:
+        """Numbers of a lane's samples of so many steps of an epoch, from step `first` on."""
+        start = (lane * self.steps_per_epoch + first) * self.lane_batch
+        order = _order(self.samples, self.chunk, self.seed, epoch)
+        return order[start : start + steps * self.lane_batch]
 
 
 def lanes_of(rank: int, size: int, lanes: int) -> range:

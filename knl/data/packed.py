@@ -34,7 +34,10 @@ class PackedDataset:
 
     def __init__(self, data: Data, seed: int) -> None:
         if not data.path:
-            raise InputError("data.path is missing: set it to a folder that knl data pack made")
+            raise InputError(
+                "data.name = 'packed': needs data.path, a folder that knl data pack made: --set "
+                "data.path=DIR; --set data.name=synthetic tries the recipe's speed without its data"
+            )
         folder = Path(data.path)
         self.meta = read_meta(folder)
         self.pixels = _pixels(data, self.meta, folder)
@@ -48,8 +51,7 @@ class PackedDataset:
 
     def read_from(self, folder: Path) -> None:
         """Read training records from a copy that `knl.data.stage` made."""
-        self.train.close()
-        self.train.folder = folder
+        self.train.move(folder)
 
     def place_of(self, sample: int) -> str:
         """Where a training sample is, for a reader."""

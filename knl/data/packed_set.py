@@ -146,6 +146,13 @@ class Records:
         first = int(np.searchsorted(self.index["shard"], shard))
         return f"{self.folder / self.split.shards[shard].file} record {number - first}"
 
+    def move(self, folder: Path) -> None:
+        """Read from copies of the shards, which are all opened now and may lose their names."""
+        self.close()
+        self.folder = folder
+        for number in range(len(self.split.shards)):
+            self._file(number)
+
     def close(self) -> None:
         for file in self._files.values():
             os.close(file)
@@ -166,15 +173,19 @@ class Records:
             yield Record(part, label, fault)
 
     def _read(self, shard: int, start: int, length: int) -> bytes:
+        file = self._file(shard)
+        parts: list[bytes] = []
+        while length > 0 and (part := os.pread(file, length, start)):
+            parts.append(part)
+            start, length = start + len(part), length - len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _file(self, shard: int) -> int:
         with self._lock:
             if shard not in self._files:
                 path = self.folder / self.split.shards[shard].file
                 self._files[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        parts: list[bytes] = []
-        while length > 0 and (part := os.pread(self._files[shard], length, start)):
-            parts.append(part)
-            start, length = start + len(part), length - len(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+            return self._files[shard]
 
 
 def open_records(folder: Path, meta: Meta, name: str) -> Records:

@@ -53,13 +53,13 @@ def show(picture: NDArray[Any], view: View, out: NDArray[Any]) -> None:
     """Fill `out`, float32 [size, size, 3], with the view of a picture, uint8 [height, width, 3]
     (which may have been decoded smaller), of zero mean and unit spread over ImageNet."""
     rows, columns = picture.shape[:2]
-    across, down = columns / view.width, rows / view.height
-    left, top, width, height = view.box
-    box = (ctypes.c_double * 4)(left * across, top * down, width * across, height * down)
+    # Exactly 1, 2, 4 or 8: a picture whose side that does not divide has a part of a pixel more.
+    scale = round(view.height / rows)
+    box = (ctypes.c_double * 4)(*(value / scale for value in view.box))
     colours = view.colours
-    scale, shift = _PLAIN if colours is None else _AS_IT_IS
+    factor, shift = _PLAIN if colours is None else _AS_IT_IS
     _kernels().knl_picture_resize(
-        picture.ctypes.data, rows, columns, box, len(out), view.flip, scale, shift, out.ctypes.data
+        picture.ctypes.data, rows, columns, box, len(out), view.flip, factor, shift, out.ctypes.data
     )
     if colours is not None:
         pixels = out.reshape(-1, 3)

@@ -41,7 +41,7 @@ Taps taps_of(double start, double length, int64_t inputs, int64_t outputs) {
         const double centre = start + (i + 0.5) * scale;
         const int64_t first = std::clamp<int64_t>(std::floor(centre - wide + 0.5), low, high - 1);
         const int64_t last = std::clamp<int64_t>(std::floor(centre + wide + 0.5), first + 1, high);
-        const int64_t count = std::min(last - first, taps.most);
+        int64_t count = std::min(last - first, taps.most);
         float* weights = &taps.weights[i * taps.most];
         double sum = 0.0;
         for (int64_t k = 0; k < count; ++k) {
@@ -50,6 +50,7 @@ Taps taps_of(double start, double length, int64_t inputs, int64_t outputs) {
             sum += weights[k];
         }
         if (sum <= 0.0) weights[0] = 1.0f, sum = 1.0;
+        while (count > 1 && weights[count - 1] == 0.0f) --count;  // a plain crop has one tap
         for (int64_t k = 0; k < count; ++k) weights[k] = static_cast<float>(weights[k] / sum);
         taps.first[i] = first;
         taps.count[i] = count;

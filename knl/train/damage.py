@@ -15,7 +15,10 @@ class Damage:
         self._dataset, self._ranks = dataset, ranks
         self._limit, self._timeout = limit, timeout
         self._known: set[int] = set()  # to all ranks
-        self.total = 0
+
+    @property
+    def total(self) -> int:
+        return len(self._known)
 
     def here(self) -> int:
         """How many this rank has found beside those that all know; to be summed over ranks."""
@@ -24,13 +27,10 @@ class Damage:
     def check(self, sum_here: int) -> None:
         """Raise FailedError on every rank where there are more than the limit. `sum_here`: the sum
         of `here`, the same on all ranks."""
-        self.total = len(self._known) + sum_here
-        if self.total <= self._limit:
+        if not sum_here:
             return
         self._known |= self._exchange()
-        self.total = len(self._known)
         if self.total > self._limit:
-            # Records that another rank found have no reason here.
             place = self._dataset.place_of(min(self._known))
             raise FailedError(
                 f"{self.total} records are damaged, more than data.max_damaged = {self._limit}, "

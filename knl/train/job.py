@@ -6,6 +6,7 @@ import os
 import platform
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,10 +18,12 @@ from knl.comm.bootstrap import Bootstrap, together
 from knl.comm.collectives import Ranks, open_ranks
 from knl.comm.world import World
 from knl.config import Recipe, load_recipe, require_ranks_fit
-from knl.data.dataset import open_dataset
-from knl.errors import CollectiveTimeoutError, InputError, KnlError
+from knl.data.dataset import Dataset, open_dataset
+from knl.data.packed import PackedDataset
+from knl.errors import CollectiveTimeoutError, InputError, KnlError, say
 from knl.train.metrics import RunDirectory, default_run_dir
 from knl.train.progress import Display, open_console
+from knl.train.staging import Staged, stage_on_nodes
 from knl.train.trainer import Outcome, Trainer, set_interop_threads, train
 
 
@@ -31,8 +34,10 @@ def run_job(
     overrides: Sequence[str],
     run_dir: Path | None,
     provider: str,
+    stage: Path | None = None,
 ) -> dict[str, Any] | None:
-    """Train the recipe as this rank. Returns the result on rank 0, None on the others.
+    """Train the recipe as this rank. `stage`: node-local folder to copy a packed set to. Returns
+    the result on rank 0, None on the others.
 
     Raises KnlError; one marked `shared` is raised by every rank.
     """
@@ -40,7 +45,7 @@ def run_job(
     set_interop_threads()
     recipe = together(bootstrap, lambda: _load(name, overrides, world.size))
     try:
-        return _run(world, bootstrap, recipe, run_dir, provider, began)
+        return _run(world, bootstrap, recipe, run_dir, provider, stage, began)
     except CollectiveTimeoutError as error:
         raise CollectiveTimeoutError(
             f"{bootstrap.roll_call.tell(str(error))}: look there, then start the job again from "
@@ -54,6 +59,7 @@ def _run(
     recipe: Recipe,
     run_dir: Path | None,
     provider: str,
+    stage: Path | None,
     began: float,
 ) -> dict[str, Any] | None:
     ranks = open_ranks(world, bootstrap, provider, recipe.comm.timeout_s)
@@ -62,6 +68,7 @@ def _run(
         dataset = together(bootstrap, lambda: open_dataset(recipe.data, recipe.train.seed))
         trainer = together(bootstrap, lambda: Trainer(recipe, dataset, ranks))
         path = run_dir or default_run_dir(recipe.name)
+        staged = _stage(world, bootstrap, hosts, dataset, trainer, stage)
         with on_loader_cpus():
             run = together(
                 bootstrap,
@@ -78,7 +85,31 @@ def _run(
     ranks.collectives.close()
     if run is None:
         return None
-    return _result(recipe, ranks, path, outcome, time.perf_counter() - began)
+    result = _result(recipe, ranks, path, outcome, time.perf_counter() - began)
+    return {**result, "stage": asdict(staged) if staged else None}
+
+
+def _stage(
+    world: World,
+    bootstrap: Bootstrap,
+    hosts: list[str],
+    dataset: Dataset,
+    trainer: Trainer,
+    place: Path | None,
+) -> Staged | None:
+    if place is None:
+        return None
+    if not isinstance(dataset, PackedDataset):
+        raise InputError(
+            f"--stage {place}: for data.name = 'packed' alone, not {trainer.recipe.data.name!r}",
+            shared=True,
+        )
+    staged = stage_on_nodes(
+        world, bootstrap, hosts, dataset, trainer.lanes, trainer.total_steps, place
+    )
+    if world.rank == 0:
+        say(staged.describe(place))
+    return staged
 
 
 def _load(name: str, overrides: Sequence[str], size: int) -> Recipe:

@@ -1,0 +1,83 @@
+"""Copies what a node reads of a packed set to storage of its own.
+
+The copies are sparse: as long as the shards and with the same bytes at the same places, but only
+those of records that are needed, so they are read like the shards themselves.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from knl.data.lanes import Lanes
+from knl.data.packed_set import Records
+
+_BLOCK = 1 << 22
+# Of the free space: what others may write meanwhile, and the file system's own.
+_SPARE = 0.05
+
+
+class NotStaged(Exception):
+    """Why a set is read in place."""
+
+
+def needed_records(lanes: Lanes, mine: Iterable[int], steps: int) -> NDArray[Any]:
+    """Which records these lanes read within so many steps, ascending."""
+    mine = list(mine)
+    needed = np.zeros(lanes.samples, dtype=bool)
+    epochs, rest = divmod(steps, lanes.steps_per_epoch)
+    for epoch in range(epochs + (rest > 0)):
+        last = lanes.steps_per_epoch if epoch < epochs else rest
+        for lane in mine:
+            needed[lanes.run(epoch, lane, last)] = True
+    return np.flatnonzero(needed)
+
+
+def stage(records: Records, needed: NDArray[Any], place: Path) -> Path:
+    """Copy the needed records into a new folder below `place`. Raises NotStaged, leaving nothing,
+    where there is no room or the copy fails."""
+    rows = records.index[needed]
+    size = int(rows["length"].sum())
+    try:
+        free = shutil.disk_usage(place).free
+        if size > free * (1 - _SPARE):
+            raise NotStaged(f"{size / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free in {place}")
+        folder = Path(tempfile.mkdtemp(prefix="knl-stage-", dir=place))
+    except OSError as error:
+        raise NotStaged(f"{place}: {error.strerror}") from None
+    try:
+        for number, shard in enumerate(records.split.shards):
+            mine = rows[rows["shard"] == number]
+            _copy(records.folder / shard.file, folder / shard.file, shard.bytes, _spans(mine))
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise NotStaged(f"{error.filename or folder}: {error.strerror}") from None
+    return folder
+
+
+def _spans(rows: NDArray[Any]) -> Iterator[tuple[int, int]]:
+    """Begin and end of bytes that lie together."""
+    starts, ends = rows["start"], rows["start"] + rows["length"]
+    edges = np.flatnonzero(starts[1:] != ends[:-1]) + 1
+    firsts, lasts = [0, *edges.tolist()], [*edges.tolist(), len(rows)]
+    for first, last in zip(firsts, lasts):
+        if last > first:
+            yield int(starts[first]), int(ends[last - 1])
+
+
+def _copy(source: Path, target: Path, size: int, spans: Iterable[tuple[int, int]]) -> None:
+    with source.open("rb", buffering=0) as here, target.open("xb", buffering=0) as there:
+        os.truncate(there.fileno(), size)
+        for begin, end in spans:
+            here.seek(begin)
+            there.seek(begin)
+            while begin < end and (block := here.read(min(_BLOCK, end - begin))):
+                there.write(block)
+                begin += len(block)
