@@ -26,10 +26,13 @@ from knl.data.packed import PackedDataset
 from knl.data.picture import MEAN, SPREAD
 from knl.data.synth import make_jpeg
 from knl.data.views import TrainViews
+from knl.plan import plan_by_rule
+from knl.sysfs import read_topology
+from knl.tune.trial import trial_recipe
 
 ROUNDS, STEPS = 15, 3
 # As ImageNet's pictures are on average: 500 x 375, 110 KB (the made ones come to that).
-_SIZE, _IMAGES, _BATCH = (375, 500), 128, 64
+_SIZE, _IMAGES, _SOME, _BATCH = (375, 500), 128, 8, 64
 _STORED, _CROP = 256, 224
 _LIMIT_S = 1800.0
 _RRC, _PLAIN = "random-resized-crop", "crop-flip"
@@ -120,7 +123,7 @@ def _pack(place: Path, name: str, kind: _Kind) -> PackedDataset:
     for split in ("train", "val"):
         if not (source / split).exists():
             (source / split / "all").mkdir(parents=True)
-            for number in range(_IMAGES):
+            for number in range(_IMAGES if split == "train" else _SOME):
                 data = make_jpeg(number, number, _SIZE)
                 (source / split / "all" / f"{number:04}.jpg").write_bytes(data)
     pack(source, folder, kind.form, (1, 1), 1, 0)
@@ -183,15 +186,17 @@ def _by_pil(files: list[bytes], data: Data) -> NDArray[Any]:
 def _stall(
     recipe: Recipe, place: Path, steps: int, environment: Mapping[str, str]
 ) -> dict[str, Any]:
-    """How long steps of the recipe's network on all of this node wait for JPEGs."""
-    train = msgspec.structs.replace(
-        recipe.train, lanes=1, lane_batch=_BATCH, epochs=1000.0, steps=0, eval_every=0
-    )
+    """How long steps of the recipe's network wait for JPEGs, on this node under its plan by rule:
+    64 images, shared by its ranks."""
+    choices = plan_by_rule(read_topology(), None, environment).choices
+    found = trial_recipe(recipe, _BATCH, choices.ranks_per_node, choices)
+    train = msgspec.structs.replace(found.train, epochs=1000.0, steps=0)
     data = _data(place / "jpeg_rrc", _KINDS["jpeg_rrc"])
     path = place / "recipe.toml"
-    path.write_text(to_toml(msgspec.structs.replace(recipe, train=train, data=data)))
+    path.write_text(to_toml(msgspec.structs.replace(found, train=train, data=data)))
     wanted = {"recipe": os.fspath(path), "steps": steps}
-    parts = run_ranks("knl.bench.step_parts", 1, wanted, environment, _LIMIT_S)["breakdown"]
+    ranks, module = choices.ranks_per_node, "knl.bench.step_parts"
+    parts = run_ranks(module, ranks, wanted, environment, _LIMIT_S)["breakdown"]
     whole = sum(parts.values())
     return {
         "step_model": recipe.model.name,

@@ -54,8 +54,8 @@ class Loader:
                 future.cancel()
 
     def close(self) -> None:
-        """Let the threads end; batches under way are dropped."""
-        self._threads.shutdown(wait=True)
+        """Let the threads end; batches that are not begun are dropped."""
+        self._threads.shutdown(wait=True, cancel_futures=True)
 
     def _make(self, order: Callable[[], Arrays]) -> Batch:
         images, labels = order()

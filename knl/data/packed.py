@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -40,13 +41,14 @@ class PackedDataset:
             )
         folder = Path(data.path)
         self.meta = read_meta(folder)
-        self.pixels = _pixels(data, self.meta, folder)
         self.classes = len(self.meta.classes)
-        self._data, self._seed = data, seed
+        self._data, self._seed = _resolved(data, self.meta, folder), seed
+        self.pixels = self._data.crop
         self.train = open_records(folder, self.meta, TRAIN)
         self.test = open_records(folder, self.meta, TEST)
         self.train_samples, self.test_samples = len(self.train), len(self.test)
         self.damaged: dict[int, str] = {}
+        self._told: set[str] = set()
         self._lock = threading.Lock()
 
     def read_from(self, folder: Path) -> None:
@@ -109,30 +111,31 @@ class PackedDataset:
         return ""
 
     def _note(self, records: Records, number: int, fault: str) -> None:
-        if records is not self.train:
-            say(f"{records.place(number)}: {fault}; another is tested on in its place")
-            return
+        place = records.place(number)
         with self._lock:
-            if number in self.damaged:
+            if place in self._told:
                 return
-            self.damaged[number] = fault
-        say(f"{records.place(number)}: {fault}; another of its batch takes its place")
+            self._told.add(place)
+            if records is self.train:
+                self.damaged[number] = fault
+        say(f"{place}: {fault}; another of its batch takes its place")
 
 
-def _pixels(data: Data, meta: Meta, folder: Path) -> int:
-    """The side of what a network reads. Raises InputError naming the key that does not fit."""
+def _resolved(data: Data, meta: Meta, folder: Path) -> Data:
+    """The recipe's section with the sizes that it leaves to the set. Raises InputError naming the
+    key that does not fit."""
     if meta.kind == "raw" and data.image_size not in (0, meta.side):
         raise InputError(
             f"data.image_size = {data.image_size}: {folder} has raw records of {meta.side} pixels; "
             f"set {meta.side} or 0"
         )
     size = data.image_size or meta.side
-    crop = data.crop or size
-    if crop < LEAST_SIDE:
+    if not size:
         raise InputError(
-            f"data.crop = {crop}: {folder} has pictures of many sizes, so set data.crop (at least "
-            f"{LEAST_SIDE}) and data.image_size, to which the short side is shrunk"
+            f"data.image_size = 0: {folder} has JPEGs of many sizes; set what their short sides "
+            "are shrunk to before data.crop is cut (256 for a crop of 224)"
         )
-    if size and crop > size:
-        raise InputError(f"data.crop = {crop}: must be 0 to {size}, the short side in {folder}")
-    return crop
+    crop = data.crop or size
+    if not LEAST_SIDE <= crop <= size:
+        raise InputError(f"data.crop = {crop}: must be {LEAST_SIDE} to {size}, the short side")
+    return msgspec.structs.replace(data, image_size=size, crop=crop)

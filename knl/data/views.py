@@ -1,6 +1,7 @@
 """Which part of a stored picture a network sees, and how: a function of (seed, epoch, sample).
 
-Boxes are (left, top, width, height) in pixels of the stored picture.
+Boxes are (left, top, width, height) in pixels of the stored picture. `data.image_size` and
+`data.crop` are above 0 here: `knl.data.packed` fills them in.
 """
 
 from __future__ import annotations
@@ -59,16 +60,13 @@ class TrainViews:
 
 def centre_crop(height: int, width: int, data: Data) -> Box:
     """The middle `crop` pixels of a picture whose short side is `image_size`."""
-    size = data.image_size or min(height, width)
-    side = min(height, width) * (data.crop or size) / size
+    side = min(height, width) * data.crop / data.image_size
     return (width - side) / 2, (height - side) / 2, side, side
 
 
 def plain_crop(height: int, width: int, data: Data, random: NDArray[Any]) -> Box:
     """A square anywhere in the picture, of `crop` pixels where the short side is `image_size`."""
-    short = min(height, width)
-    size = data.image_size or short
-    crop, scale = data.crop or size, short / size
+    crop, scale = data.crop, min(height, width) / data.image_size
     # Whole pixels of the picture at that size, as if it had been resized before it is cropped.
     top = int(random[_TOP] * (round(height / scale) - crop + 1))
     left = int(random[_LEFT] * (round(width / scale) - crop + 1))

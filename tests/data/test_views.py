@@ -139,4 +139,4 @@ def test_a_plain_crop_of_a_larger_picture_is_that_of_the_shrunk_one():
 def test_the_centre_is_the_middle_of_the_picture_at_its_stored_size():
     assert centre_crop(256, 256, data("none")) == (16, 16, 224, 224)
     assert centre_crop(512, 768, data("none")) == (160, 32, 448, 448)
-    assert centre_crop(300, 300, data("none", image_size=0, crop=0)) == (0, 0, 300, 300)
+    assert centre_crop(300, 300, data("none", image_size=300, crop=300)) == (0, 0, 300, 300)

@@ -58,3 +58,36 @@ def test_overhead_draws_a_line_for_each_number_of_ranks():
         rest = [r["seconds"] - fit["per_tensor_s"] * r["tensors"] for r in rows]
         assert sum(rest) / len(rest) == pytest.approx(fit["intercept_s"], abs=1e-12)
         assert fit["r2"] <= 1
+
+
+def test_data_measures_records_beside_their_peers_and_a_step_that_reads_them(tmp_path):
+    recipe = tmp_path / "small.toml"
+    recipe.write_text(SMALL_RECIPE)
+    result = bench("data", "--recipe", str(recipe), "--steps", "1", "--rounds", "1")
+    speed = {n[: -len("_images_per_s")]: v for n, v in result.items() if n.endswith("_per_s")}
+    assert set(speed) >= {"jpeg_rrc", "jpeg_crop", "raw_crop", "pil_rrc", "decode", "memcpy"}
+    for ratio, over, under in (
+        ("jpeg_rrc_over_decode", "decode", "jpeg_rrc"),
+        ("jpeg_crop_over_decode", "decode_256", "jpeg_crop"),
+        ("jpeg_rrc_speedup_vs_pil", "jpeg_rrc", "pil_rrc"),
+        ("raw_crop_speedup_vs_pil", "raw_crop", "pil_crop"),
+    ):
+        assert result[ratio] == pytest.approx(speed[over] / speed[under])
+    assert result["step_model"] == "resnet-small" and 0 <= result["t_data_s"] < result["step_s"]
+    assert result["t_data_share"] == pytest.approx(result["t_data_s"] / result["step_s"])
+
+
+def test_the_pil_rival_makes_the_same_batch_as_the_loader(tmp_path):
+    """Else their times would not be comparable."""
+    import numpy as np
+
+    from knl.bench.data import _KINDS, _by_pil, _data, _pack
+
+    data = _pack(tmp_path, "jpeg_rrc", _KINDS["jpeg_rrc"])
+    numbers = np.arange(8)
+    ours, _ = data.train_batch(numbers, 0)
+    theirs = _by_pil(
+        [bytes(record.data) for record in data.train.read(numbers)],
+        _data(tmp_path, _KINDS["jpeg_rrc"]),
+    )
+    assert np.abs(ours - theirs).mean() < 0.02  # of a spread; a level is 0.017
