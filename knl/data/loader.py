@@ -38,14 +38,14 @@ class Loader:
             initializer=lambda: os.sched_setaffinity(0, cpus),
         )
 
-    def run(self, orders: Iterable[Callable[[], Arrays]]) -> Iterator[Batch]:
-        """The batch of each order. What is raised in making one is raised when it is its turn."""
-        coming = iter(orders)
+    def run(self, makers: Iterable[Callable[[], Arrays]]) -> Iterator[Batch]:
+        """The batch of each maker. What is raised in making one is raised when it is its turn."""
+        coming = iter(makers)
         under_way: deque[Future[Batch]] = deque()
         try:
             while True:
-                for order in islice(coming, self._ahead - len(under_way)):
-                    under_way.append(self._threads.submit(self._make, order))
+                for maker in islice(coming, self._ahead - len(under_way)):
+                    under_way.append(self._threads.submit(self._make, maker))
                 if not under_way:
                     return
                 yield under_way.popleft().result()
@@ -57,8 +57,8 @@ class Loader:
         """Let the threads end; batches that are not begun are dropped."""
         self._threads.shutdown(wait=True, cancel_futures=True)
 
-    def _make(self, order: Callable[[], Arrays]) -> Batch:
-        images, labels = order()
+    def _make(self, maker: Callable[[], Arrays]) -> Batch:
+        images, labels = maker()
         return torch.from_numpy(arranged(images, self._layout)), torch.from_numpy(labels)
 
 

@@ -38,11 +38,11 @@ def evaluate(
     model.eval()
     mine = np.arange(ranks.world.rank, dataset.test_samples, ranks.world.size)
     first, five, loss = 0, 0, 0.0
-    orders = (
+    makers = (
         partial(dataset.test_batch, mine[start : start + train.lane_batch])
         for start in range(0, len(mine), train.lane_batch)
     )
-    for images, labels in loader.run(orders):
+    for images, labels in loader.run(makers):
         scores = forward(model, images, train.dtype).float()
         loss += nn.functional.cross_entropy(scores, labels, reduction="sum").item()
         guesses = scores.topk(min(5, scores.shape[1]), dim=1).indices == labels[:, None]

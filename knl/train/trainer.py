@@ -169,11 +169,11 @@ class Trainer:
         """The batches of this rank's lanes from a step on: those that are being made already, when
         steps follow one another."""
         if step != self._coming_step or step == 0 or step >= self.total_steps:
-            self._coming = self.loader.run(self._orders(step))
+            self._coming = self.loader.run(self._makers(step))
         self._coming_step = step + 1
         return self._coming
 
-    def _orders(self, first: int) -> Iterator[Callable[[], Arrays]]:
+    def _makers(self, first: int) -> Iterator[Callable[[], Arrays]]:
         for step in range(first, max(self.total_steps, first + 1)):
             epoch, step_in_epoch = divmod(step, self.lanes.steps_per_epoch)
             for lane in self.my_lanes:

@@ -17,7 +17,7 @@ BYTES = 4 * int(np.prod(SHAPE))
 MB = 1024 * 1024
 
 
-def order(number, wait=0.0):
+def maker(number, wait=0.0):
     def make():
         time.sleep(wait)
         return np.full(SHAPE, number, dtype=np.float32), np.array([number, number])
@@ -32,14 +32,14 @@ def started(layout="channels_last", ahead=4):
 def test_batches_come_in_order_whatever_each_takes():
     loader = started()
     waits = [0.05, 0.0, 0.02, 0.0, 0.0, 0.03, 0.0, 0.0]
-    made = loader.run(order(number, wait) for number, wait in enumerate(waits))
+    made = loader.run(maker(number, wait) for number, wait in enumerate(waits))
     assert [int(labels[0]) for _, labels in made] == list(range(len(waits)))
     loader.close()
 
 
 def test_no_more_is_made_ahead_than_there_is_room_for():
     loader, given = started(ahead=3), []
-    made = loader.run(given.append(number) or order(number) for number in range(20))
+    made = loader.run(given.append(number) or maker(number) for number in range(20))
     for taken in range(1, 18):
         next(made)
         assert len(given) == taken + 2
@@ -48,7 +48,7 @@ def test_no_more_is_made_ahead_than_there_is_room_for():
 
 def test_one_batch_is_made_ahead_even_where_it_is_larger_than_the_room():
     loader = Loader("contiguous", BYTES, 1e-9)
-    assert [int(labels[0]) for _, labels in loader.run(order(n) for n in range(3))] == [0, 1, 2]
+    assert [int(labels[0]) for _, labels in loader.run(maker(n) for n in range(3))] == [0, 1, 2]
     loader.close()
 
 
@@ -59,7 +59,7 @@ def test_threads_run_on_the_loader_cpus(monkeypatch):
 
     def where():
         seen.append((os.sched_getaffinity(0), threading.current_thread().name))
-        return order(0)()
+        return maker(0)()
 
     list(loader.run(where for _ in range(3)))
     loader.close()
@@ -74,7 +74,7 @@ def test_an_error_comes_when_its_batch_is_due_and_not_before():
     def broken():
         raise OSError("gone")
 
-    made = loader.run([order(0), order(1), broken, order(3)])
+    made = loader.run([maker(0), maker(1), broken, maker(3)])
     assert [int(next(made)[1][0]) for _ in range(2)] == [0, 1]
     with pytest.raises(OSError, match="gone"):
         next(made)
@@ -87,7 +87,7 @@ def test_leaving_early_drops_what_is_not_begun():
     def slow():
         begun.append(1)
         time.sleep(0.05)
-        return order(0)()
+        return maker(0)()
 
     made = loader.run(slow for _ in range(50))
     next(made)
