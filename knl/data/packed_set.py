@@ -138,7 +138,7 @@ class Records:
     def read(self, numbers: NDArray[Any]) -> list[Record]:
         """The records with these numbers, each checked against its checksum."""
         rows = self.index[numbers]
-        return [record for first, last in _runs(rows) for record in self._run(rows[first:last])]
+        return [record for first, last in runs_of(rows) for record in self._run(rows[first:last])]
 
     def place(self, number: int) -> str:
         """Where a record is, for a reader: shard, and number within it."""
@@ -217,13 +217,13 @@ def record_crc32(data: Any, label: int) -> int:
     return zlib.crc32(label.to_bytes(4, "little", signed=True), zlib.crc32(data))
 
 
-def _runs(rows: NDArray[Any]) -> Iterator[tuple[int, int]]:
+def runs_of(rows: NDArray[Any]) -> Iterator[tuple[int, int]]:
     """First and last (exclusive) of rows that follow one another in a file."""
     follows = (rows["start"][1:] == rows["start"][:-1] + rows["length"][:-1]) & (
         rows["shard"][1:] == rows["shard"][:-1]
     )
     edges = [0, *(np.flatnonzero(~follows) + 1).tolist(), len(rows)]
-    return zip(edges[:-1], edges[1:])
+    return ((first, last) for first, last in zip(edges[:-1], edges[1:]) if last > first)
 
 
 def _require_plain(names: list[str], path: Path) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from knl.data.lanes import Lanes
-from knl.data.packed_set import Records
+from knl.data.packed_set import Records, runs_of
 
 _BLOCK = 1 << 22
 # Of the free space: what others may write meanwhile, and the file system's own.
@@ -64,12 +64,8 @@ def stage(records: Records, needed: NDArray[Any], place: Path) -> Path:
 
 def _spans(rows: NDArray[Any]) -> Iterator[tuple[int, int]]:
     """Begin and end of bytes that lie together."""
-    starts, ends = rows["start"], rows["start"] + rows["length"]
-    edges = np.flatnonzero(starts[1:] != ends[:-1]) + 1
-    firsts, lasts = [0, *edges.tolist()], [*edges.tolist(), len(rows)]
-    for first, last in zip(firsts, lasts):
-        if last > first:
-            yield int(starts[first]), int(ends[last - 1])
+    for first, last in runs_of(rows):
+        yield int(rows["start"][first]), int(rows["start"][last - 1] + rows["length"][last - 1])
 
 
 def _copy(source: Path, target: Path, size: int, spans: Iterable[tuple[int, int]]) -> None:

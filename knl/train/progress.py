@@ -6,8 +6,8 @@ import os
 import time
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from knl.bar import progress_bar
 from knl.train.evaluate import Evaluation
 from knl.train.metrics import StepMetrics
 
@@ -29,15 +29,7 @@ class Display:
     def __init__(self, console: Console, steps: int) -> None:
         self.console = console
         self._steps, self._shown = steps, 0.0
-        self._bar = Progress(
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(),
-            TextColumn("{task.description}"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
+        self._bar = progress_bar(console, "step")
         self._task = self._bar.add_task("", total=steps)
         self._bar.start()
 

@@ -6,8 +6,8 @@ import threading
 import time
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from knl.bar import progress_bar
 from knl.errors import say
 
 _LINE_EVERY_S = 30.0
@@ -20,15 +20,7 @@ class PackProgress:
         self._total, self._before = total, before
         self._began = self._shown = time.monotonic()
         console = Console(stderr=True, highlight=False)
-        self._bar = Progress(
-            TextColumn("images"),
-            MofNCompleteColumn(),
-            BarColumn(),
-            TextColumn("{task.description}"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
+        self._bar = progress_bar(console, "images")
         self._task = self._bar.add_task("", total=total, completed=before)
         self._quiet = not console.is_terminal
         if before:
