@@ -10,7 +10,7 @@ import fcntl
 import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -176,18 +176,26 @@ def _rows_of(batch: pa.RecordBatch, base: int) -> NDArray[Any]:
     return rows
 
 
+def _is_mine(path: Path, file: IO[bytes]) -> bool:
+    """Whether this packer alone has the file, and it is still the one of that name."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # a file system without locks; parts do not share shards
+    with suppress(FileNotFoundError):  # finished and renamed since it was opened
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    return False
+
+
 @contextmanager
 def _temporary(folder: Path, name: str) -> Iterator[tuple[Path, IO[bytes]]]:
     """A file of this packer alone, gone afterwards unless it was renamed. What a killed one left
     is written over: its lock went with it."""
     path = folder / f".{name}.arrow.tmp"
     with path.open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            mine = os.path.samestat(os.fstat(file.fileno()), path.stat())
-        except OSError:
-            mine = False
-        if not mine:  # or it was finished and renamed since it was opened
+        if not _is_mine(path, file):
             raise FailedError(
                 f"{path}: another packer is writing it: let it end, or give each its own --part"
             )
