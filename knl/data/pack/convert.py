@@ -17,6 +17,7 @@ MOST_PIXELS = 1 << 27
 _ORIENTATION, _UPRIGHT = 0x0112, (0, 1)  # EXIF
 _JPEG = b"\xff\xd8\xff"
 _DEEP = ("I;16", "I;16B", "I;16L", "I")  # Pillow's modes of 16-bit grey
+_INKS = ("CMYK", "YCCK")  # whose sense decoders do not agree on
 
 
 class Rejected(Exception):
@@ -46,10 +47,12 @@ def convert(source: bytes | NDArray[Any], form: Form) -> bytes:
         picture = _shrink(picture, form)
     if form.raw:
         return picture.tobytes()
-    # 4:2:0, as nearly all pictures of ImageNet have it.
-    return simplejpeg.encode_jpeg(
-        np.ascontiguousarray(picture), quality=form.quality, colorsubsampling="420"
-    )
+    pixels = np.ascontiguousarray(picture)
+    try:
+        # 4:2:0, as nearly all pictures of ImageNet have it.
+        return simplejpeg.encode_jpeg(pixels, quality=form.quality, colorsubsampling="420")
+    except ValueError as error:  # more pixels a side than a JPEG can have
+        raise Rejected(f"{picture.width} x {picture.height} pixels: {error}") from None
 
 
 def _is_plain_jpeg(data: bytes) -> bool:
@@ -57,19 +60,23 @@ def _is_plain_jpeg(data: bytes) -> bool:
     if not data.startswith(_JPEG):
         return False
     try:
-        height, width, *_ = simplejpeg.decode_jpeg_header(data)
-        if height * width > MOST_PIXELS:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        if colours in _INKS or height * width > MOST_PIXELS:
             return False
         simplejpeg.decode_jpeg(data)
     except ValueError:
         return False
-    with Image.open(io.BytesIO(data)) as picture:
-        return picture.getexif().get(_ORIENTATION, 1) in _UPRIGHT
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of metadata that nobody reads
+        with Image.open(io.BytesIO(data)) as picture:
+            return picture.getexif().get(_ORIENTATION, 1) in _UPRIGHT
 
 
 def _open(source: bytes | NDArray[Any]) -> Image.Image:
     """As red, green and blue, upright."""
     if not isinstance(source, bytes):
+        if not source.size:
+            raise Rejected("a picture of no pixels")
         return Image.fromarray(source).convert("RGB")
     if not source:
         raise Rejected("empty file")
@@ -95,12 +102,13 @@ def _open(source: bytes | NDArray[Any]) -> Image.Image:
 
 
 def _shrink(picture: Image.Image, form: Form) -> Image.Image:
-    """The short side to `side`; raw records are cut to a square. JPEGs are not magnified."""
+    """The short side to `side`, of raw records the middle square. JPEGs are not magnified."""
     short = min(picture.size)
-    if short != form.side and (short > form.side or form.raw):
+    if form.raw:  # cut before it is resized: a strip of a picture could grow beyond all memory
+        left, top = ((n - short) // 2 for n in picture.size)
+        box = (left, top, left + short, top + short)
+        return picture.resize((form.side, form.side), Image.Resampling.BICUBIC, box)
+    if short > form.side:
         width, height = (max(form.side, round(n * form.side / short)) for n in picture.size)
-        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
-    if form.raw:
-        left, top = (picture.width - form.side) // 2, (picture.height - form.side) // 2
-        picture = picture.crop((left, top, left + form.side, top + form.side))
+        return picture.resize((width, height), Image.Resampling.BICUBIC)
     return picture
