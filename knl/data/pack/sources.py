@@ -32,6 +32,7 @@ _SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", 
 _SPLIT_IN_NAME = re.compile(r"(?:^|[^a-z])(train|validation|valid|val|test)(?![a-z])", re.I)
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".gif", ".tif", ".tiff")
 _NO_LABEL = -1
+_MOST_CLASSES = 1 << 20  # a higher label is taken for damage
 
 
 class Item(NamedTuple):
@@ -81,7 +82,10 @@ def list_source(source: Path) -> Listing:
         for item in items
         if item.split != unwanted
     ]
-    columns = [pa.array(column, field.type) for column, field in zip(zip(*items), ITEMS)]
+    try:
+        columns = [pa.array(column, field.type) for column, field in zip(zip(*items), ITEMS)]
+    except UnicodeEncodeError as error:
+        raise InputError(f"{source}: {error.object!r}: the name is not UTF-8: rename it") from None
     table = pa.Table.from_arrays(columns, schema=ITEMS)
     order = np.argsort(mix(np.arange(len(items))), kind="stable")
     return Listing(kind, classes, table if kind == "parquet" else table.take(pa.array(order)))
@@ -140,16 +144,23 @@ def _list_parquet(source: Path, files: list[Path]) -> tuple[list[Item], list[str
                 for column in ("image", "label"):
                     if column not in schema.names:
                         raise InputError(f"{path}: no column {column!r}, only {schema.names}")
-                labels = file.read(columns=["label"]).column("label").to_pylist()
+                if not _holds_bytes(schema.field("image").type):
+                    kind = schema.field("image").type
+                    raise InputError(f"{path}: column 'image' holds {kind}: must be bytes")
+                labels = file.read(columns=["label"]).column("label")
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"{path}: not Parquet that can be read: {_line(error)}") from None
+        try:
+            labels = labels.cast(pa.int32()).to_pylist()
+        except pa.ArrowException as error:
+            raise InputError(f"{path}: column 'label': not numbers: {_line(error)}") from None
         classes = classes or _hub_classes(schema.metadata)
         split = _split_of(name)
         for row, label in enumerate(labels):
-            label = _NO_LABEL if label is None else int(label)
+            label = _NO_LABEL if label is None else label
             highest = max(highest, label)
             items.append(Item(split, name, row, 0, label, f"{name}:{row}"))
-    return items, classes or [str(label) for label in range(highest + 1)]
+    return items, classes or _numbered(source, highest)
 
 
 def _list_tars(source: Path, files: list[Path]) -> tuple[list[Item], list[str]]:
@@ -162,11 +173,14 @@ def _list_tars(source: Path, files: list[Path]) -> tuple[list[Item], list[str]]:
         try:
             with tarfile.open(path, "r:") as archive:
                 for member in archive:
-                    stem, dot, suffix = member.name.partition(".")
+                    place, slash, base = member.name.rpartition("/")
+                    stem, dot, suffix = base.partition(".")
+                    stem = place + slash + stem
                     if member.isfile() and suffix == "cls":
                         labels[stem] = int(archive.extractfile(member).read(32))  # type: ignore[union-attr]
                     elif member.isfile() and (dot + suffix).lower() in _PICTURES:
                         pictures[stem] = member
+                _require_end(path, archive.offset)
         except (tarfile.TarError, OSError, ValueError) as error:
             raise InputError(f"{path}: not a WebDataset tar: {_line(error)}") from None
         highest = max([highest, *labels.values()])
@@ -174,13 +188,15 @@ def _list_tars(source: Path, files: list[Path]) -> tuple[list[Item], list[str]]:
             label = labels.get(stem, _NO_LABEL)
             key = f"{name}:{member.name}"
             items.append(Item(_split_of(name), name, member.offset_data, member.size, label, key))
-    return items, [str(label) for label in range(highest + 1)]
+    return items, _numbered(source, highest)
 
 
 def _list_idx(source: Path, files: list[Path]) -> tuple[list[Item], list[str]]:
     """MNIST's files: train-images-idx3-ubyte, train-labels-idx1-ubyte, and t10k's, plain or .gz."""
     items, highest = [], _NO_LABEL
     for path in files:
+        if path.suffix == ".gz" and path.with_suffix("") in files:
+            continue  # the same, packed
         stem = path.name.partition("-")[0]
         images = _idx_images(source, path.name)
         labels = read_idx(source / f"{stem}-labels-idx1-ubyte", 1)
@@ -192,7 +208,7 @@ def _list_idx(source: Path, files: list[Path]) -> tuple[list[Item], list[str]]:
             Item(split, path.name, number, 0, int(label), f"{path.name}:{number}")
             for number, label in enumerate(labels)
         ]
-    return items, [str(label) for label in range(highest + 1)]
+    return items, _numbered(source, highest)
 
 
 class Reader:
@@ -207,7 +223,10 @@ class Reader:
             return _idx_images(self._source, item.file)[item.place]
         path = self._source / item.file
         if self._kind == "parquet":
-            return _parquet_picture(path, item.place)
+            try:
+                return _parquet_picture(path, item.place)
+            except (pa.ArrowException, IndexError) as error:  # or fewer rows than were listed
+                raise OSError(_line(error)) from None
         if self._kind == "folders":
             return path.read_bytes()
         with path.open("rb") as file:
@@ -241,6 +260,30 @@ def _row_group(path: Path, group: int) -> Any:
         return file.read_row_group(group, columns=["image"], use_threads=False).column(0)
 
 
+def _holds_bytes(kind: pa.DataType) -> bool:
+    """Whether a column of this type can hold pictures: bytes, or a struct with `bytes`."""
+    if pa.types.is_struct(kind):
+        place = kind.get_field_index("bytes")
+        return place >= 0 and _holds_bytes(kind.field(place).type)
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _require_end(path: Path, offset: int) -> None:
+    """Raise TarError where a tar goes on behind its last good member: tarfile stops at a damaged
+    header as if it were the end."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+            raise tarfile.TarError(f"damaged at byte {offset}")
+
+
+def _numbered(source: Path, highest: int) -> list[str]:
+    """Names of classes that have none."""
+    if highest >= _MOST_CLASSES:
+        raise InputError(f"{source}: label {highest}: must be below {_MOST_CLASSES}")
+    return [str(label) for label in range(highest + 1)]
+
+
 def _hub_classes(metadata: dict[bytes, bytes] | None) -> list[str]:
     """Names of the classes, as Hugging Face's hub writes them into a schema."""
     try:
@@ -263,9 +306,14 @@ def _folders(place: Path) -> list[Path]:
 
 def _files(place: Path) -> Iterator[Path]:
     """All files below, without asking the file system about each."""
-    for folder, inner, names in os.walk(place):
+    for folder, inner, names in os.walk(place, onerror=_refuse):
         inner.sort()
         yield from (Path(folder, name) for name in sorted(names) if not name.startswith("."))
+
+
+def _refuse(error: OSError) -> None:
+    """os.walk would leave out a folder that cannot be read."""
+    raise error
 
 
 def _line(error: Exception) -> str:
