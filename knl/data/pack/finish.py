@@ -63,6 +63,8 @@ def finish(folder: Path, max_rejected: int) -> Meta:
             "source and pack it again"
         )
     draw_sheet(folder, meta, folder / SHEET)
+    for left in folder.glob(f".*.{'[0-9a-f]' * 32}"):  # by one that was killed here
+        left.unlink(missing_ok=True)
     with replace_file(folder / META) as file:
         file.write(msgspec.json.format(msgspec.json.encode(meta), indent=1) + b"\n")
     shutil.rmtree(folder / PARTS)

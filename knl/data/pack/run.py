@@ -27,7 +27,7 @@ from knl.data.pack.plan import (
     require_same,
 )
 from knl.data.pack.progress import PackProgress
-from knl.data.pack.shards import read_note, write_shard
+from knl.data.pack.shards import PARTS, read_note, write_shard
 from knl.data.pack.sources import Reader
 from knl.data.packed_set import META, Meta, read_meta
 from knl.errors import FailedError, InputError
@@ -86,6 +86,7 @@ def refuse_finished(source: Path, folder: Path, form: Form) -> None:
     """Raise InputError where the folder is a finished set, or holds something else."""
     if (folder / META).exists():
         meta = read_meta(folder)
+        shutil.rmtree(folder / PARTS, ignore_errors=True)  # of one that was killed at its end
         raise InputError(
             f"{folder} is a finished set of {meta.source} already: knl data info shows it; to pack "
             f"{source} as {describe(form)} choose another folder"
