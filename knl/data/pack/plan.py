@@ -112,7 +112,7 @@ def _plan(source: Path, form: Form, listing: Listing) -> Plan:
     shards = []
     for split in sorted(set(splits.tolist())):
         first, count = int(np.argmax(splits == split)), int(np.sum(splits == split))
-        parts = max(1, round(count * record / size))
+        parts = min(count, max(1, round(count * record / size)))
         edges = np.linspace(0, count, parts + 1).astype(int).tolist()
         for number, (begin, end) in enumerate(zip(edges[:-1], edges[1:])):
             shards.append(ShardPlan(f"{split}-{number:05d}", split, first + begin, end - begin))
