@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import numpy as np
+import simplejpeg
 from PIL import Image, ImageDraw
 
-from knl.data.packed_set import Meta, open_records
+from knl.data.packed_set import Meta, Record, open_records
 from knl.files import replace_file
 
 _SIDE, _COLUMNS, _ROWS = 112, 10, 6
@@ -25,18 +25,22 @@ def draw_sheet(folder: Path, meta: Meta, path: Path) -> None:
     pen = ImageDraw.Draw(sheet)
     for number, record in enumerate(records.read(places)):
         left, top = number % _COLUMNS * _SIDE, number // _COLUMNS * (_SIDE + _CAPTION)
-        if record.fault:
-            caption = record.fault
-        else:
-            caption = meta.classes[record.label]
-            if meta.kind == "raw":
-                size = (meta.side, meta.side)
-                picture = Image.frombytes("RGB", size, bytes(record.data))
-            else:
-                picture = Image.open(io.BytesIO(record.data)).convert("RGB")
+        caption = record.fault or meta.classes[record.label]
+        try:
+            picture = None if record.fault else _picture(record, meta)
+        except ValueError:
+            picture, caption = None, "does not decode"
+        if picture is not None:
             picture.thumbnail((_SIDE - 4, _SIDE - 4))
             sheet.paste(picture, (left + 2, top + 2))
         pen.text((left + 2, top + _SIDE), caption[:18], fill="black")
     records.close()
     with replace_file(path) as file:
         sheet.save(file, "PNG")
+
+
+def _picture(record: Record, meta: Meta) -> Image.Image:
+    """Raises ValueError where it is none."""
+    if meta.kind == "raw":
+        return Image.frombytes("RGB", (meta.side, meta.side), bytes(record.data))
+    return Image.fromarray(simplejpeg.decode_jpeg(record.data))
