@@ -32,6 +32,7 @@ from knl.errors import InputError
 
 META, REJECTED, SHEET = "meta.json", "rejected.jsonl", "contact-sheet.png"
 SCHEMA = 1
+SPLITS = ("train", "val")
 INDEX = np.dtype(
     [("shard", "<i4"), ("start", "<i8"), ("length", "<i4"), ("label", "<i4"), ("crc32", "<u4")]
 )
@@ -92,6 +93,8 @@ def read_meta(folder: Path) -> Meta:
     if meta.kind == "raw" and not meta.side:
         raise InputError(f"{path}: side = 0: raw records have a size")
     for name, split in meta.splits.items():
+        if name not in SPLITS:
+            raise InputError(f"{path} is damaged: split {name!r}, must be {' or '.join(SPLITS)}")
         _require_plain([split.index, *(shard.file for shard in split.shards)], path)
         if len(split.per_class) != len(meta.classes) or split.records != sum(split.per_class):
             raise InputError(f"{path}: counts of split {name} do not add up; pack the set again")
