@@ -27,10 +27,10 @@ def synthesise(folder: Path, images: int, classes: int) -> dict[str, Any]:
 
     Raises InputError where the folder is not empty or cannot be written.
     """
-    if images < 2 * _VAL_SHARE or images < classes:
+    if images < _VAL_SHARE * classes:
         raise InputError(
-            f"--images {images}: must be at least {max(2 * _VAL_SHARE, classes)}, for {classes} "
-            "classes and some to test on"
+            f"--images {images}: must be at least {_VAL_SHARE * classes}, for each of {classes} "
+            "classes to have one to test on"
         )
     numbers = np.arange(images)
     labels = (numbers // _VAL_SHARE % classes).tolist()
