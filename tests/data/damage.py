@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from knl.data.packed_set import META, read_index, read_meta
 
 fuzzed = settings(
-    deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 places = st.floats(0, 1, exclude_max=True)
 bits = st.integers(0, 7)

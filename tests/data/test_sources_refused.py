@@ -20,7 +20,7 @@ from .test_sources import samples, tar
 
 ROWS = [(make_jpeg(n, n % 3, (16, 16)), n % 3) for n in range(12)]
 fuzzed = settings(
-    deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
