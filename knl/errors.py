@@ -40,3 +40,13 @@ class CollectiveTimeoutError(FailedError):
 
 class NonFiniteError(FailedError):
     """A loss or a gradient is no longer a number."""
+
+
+class DamagedError(FailedError):
+    """A file is not as it was written."""
+
+
+class StoppedError(KnlError):
+    """Stopped early, in order, with a checkpoint to go on from."""
+
+    exit_code = 75

@@ -41,11 +41,12 @@ class GradientSync:
 
     A step is: `zero()`; backward of all local lanes but the last; `arm()`; backward of the last
     lane; `arrivals()`, or `finish()` where nothing is to be done as buckets arrive. In a world of
-    one nothing is hooked and no bucket is made. `carried`: a number that is summed along with the
-    first bucket; set it before `arm`, read the sum when that bucket is there. `waited`: seconds
-    that the last step waited for sums after backward.
+    one nothing is hooked and no bucket is made. `carried`: numbers that are summed along with the
+    first bucket; set them before `arm`, read the sums when that bucket is there. `waited`: seconds
+    that the last step waited for sums after backward. `order`: the parameters' numbers as the
+    buckets hold them, known after the first step.
 
-    `bucket_bytes`: size at which a bucket is closed; `first_bucket_bytes`: of the first one, small
+    `carries`: how many numbers are carried; `bucket_bytes`: size at which a bucket is closed; `first_bucket_bytes`: of the first one, small
     so that communication starts early. `timeout`: seconds to wait for a bucket.
     Raises FailedError when the ranks' models or sizes of buckets differ.
     """
@@ -58,6 +59,7 @@ class GradientSync:
         bucket_bytes: int,
         first_bucket_bytes: int,
         timeout: float,
+        carries: int = 1,
     ) -> None:
         self.parameters = [parameter for _, parameter in named]
         self.names = [name for name, _ in named]
@@ -65,7 +67,7 @@ class GradientSync:
         self.bucket_bytes, self.first_bucket_bytes = bucket_bytes, first_bucket_bytes
         self.buckets: list[Bucket] = []
         self.waited = 0.0
-        self.carried = torch.zeros(1)
+        self.carried = torch.zeros(carries)
         self._arrived: list[int] | None = []  # order of the first backward; None once it is known
         self._armed = self._stepped = False
         self._next = 0  # buckets start in order, the same on every rank
@@ -127,6 +129,20 @@ class GradientSync:
         for _ in self.arrivals():
             pass
 
+    @property
+    def order(self) -> list[int]:
+        """Empty before the first step has ended, and in a world of one."""
+        if not self.buckets or (self._arrived is not None and not self._stepped):
+            return []
+        return self._order_of_arrival(self._arrived) if self._arrived is not None else self._laid
+
+    def restore(self, order: Sequence[int]) -> None:
+        """Lay the buckets out as they were, so that sums are rounded alike. Every rank calls with
+        the same `order`; an empty one leaves the first step to show it."""
+        if self.buckets and sorted(order) == list(range(len(self.parameters))):
+            self._lay_out(order)
+            self._arrived = None
+
     def _wait(self, number: int, bucket: Bucket) -> None:
         assert bucket.handle is not None  # started by arrivals
         first = self.names[bucket.members[0]]
@@ -163,8 +179,10 @@ class GradientSync:
     def _lay_out(self, order: Sequence[int]) -> None:
         """Make buckets for the parameters in this order and point p.grad into them."""
         groups = self._group(order)
+        self._laid = list(order)
         # The former memory is given up first: there may not be room for both.
-        self.buckets, self.carried = [], torch.zeros(1)
+        carries = self.carried.numel()
+        self.buckets, self.carried = [], torch.zeros(carries)
         self._bucket_of: dict[int, Bucket] = {}
         for parameter in self.parameters:
             parameter.grad = None
@@ -180,7 +198,7 @@ class GradientSync:
                 self.parameters[number].grad = gradient
                 self._bucket_of[number] = bucket
 
-        self.carried = self.buckets[0].buffer[-self.carried.numel() :]
+        self.carried = self.buckets[0].buffer[-carries:]
 
     def _buffers(self, groups: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         """Zeros for each group, in memory of the node where its ranks sum there; in the first with
@@ -213,12 +231,15 @@ class GradientSync:
 
     def _adopt_order(self, arrived: Sequence[int]) -> None:
         """Lay the buckets out anew in rank 0's order of arrival."""
-        seen = set(arrived)
-        order = [*arrived, *(n for n in range(len(self.parameters)) if n not in seen)]
-        numbers = torch.tensor(order, dtype=torch.int64)
+        numbers = torch.tensor(self._order_of_arrival(arrived), dtype=torch.int64)
         with waiting_for("the order of gradients"):
             self.ranks.collectives.broadcast(numbers, root=0)
         self._lay_out(numbers.tolist())
+
+    def _order_of_arrival(self, arrived: Sequence[int]) -> list[int]:
+        """Those that did not come at the end."""
+        seen = set(arrived)
+        return [*arrived, *(n for n in range(len(self.parameters)) if n not in seen)]
 
 
 def make_dense(parameter: torch.Tensor) -> None:
