@@ -46,8 +46,9 @@ class GradientSync:
     that the last step waited for sums after backward. `order`: the parameters' numbers as the
     buckets hold them, known after the first step.
 
-    `carries`: how many numbers are carried; `bucket_bytes`: size at which a bucket is closed; `first_bucket_bytes`: of the first one, small
-    so that communication starts early. `timeout`: seconds to wait for a bucket.
+    `carries`: how many numbers are carried; `bucket_bytes`: size at which a bucket is closed;
+    `first_bucket_bytes`: of the first one, small so that communication starts early. `timeout`:
+    seconds to wait for a bucket.
     Raises FailedError when the ranks' models or sizes of buckets differ.
     """
 

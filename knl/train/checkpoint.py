@@ -201,7 +201,11 @@ def _parse(raw: bytearray) -> Checkpoint:
     for name, entry in entries.items():
         dtype, (begin, stop) = np.dtype(_DTYPES[entry.dtype]), entry.data_offsets
         count = math.prod(entry.shape)
-        if begin != end or stop - begin != count * dtype.itemsize or min(entry.shape, default=0) < 0:
+        if (
+            begin != end
+            or stop - begin != count * dtype.itemsize
+            or min(entry.shape, default=0) < 0
+        ):
             raise ValueError(f"{name} is out of place")
         flat = np.frombuffer(raw, dtype, count, 8 + length + begin)
         tensors[name], end = flat.reshape(entry.shape), stop
@@ -235,7 +239,7 @@ def _plain(array: NDArray[Any]) -> NDArray[Any]:
 
 
 def _bytes(array: NDArray[Any]) -> memoryview:
-    return memoryview(array.reshape(-1)).cast("B") if array.size else memoryview(b"")
+    return array.reshape(-1).view(np.uint8).data
 
 
 def _digest(*parts: Any) -> str:
