@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -26,6 +27,7 @@ _STOPPED_S = 5.0  # for which a rank has been stopped, so that it does not hear 
 _STATE, _PARENT, _START, _STATUS = 0, 1, 19, -1  # fields of /proc/PID/stat
 _SPOKEN = (1, 2, 75)  # statuses with which a rank has said why
 _EARLY = 75  # stopped with nothing lost
+_SHARED_LEAST = 4 << 20  # bytes that a small job takes of shared memory
 
 
 @dataclass
@@ -187,10 +189,20 @@ def job_status(status: int, dead: str) -> int:
     """The job's exit status from mpiexec's; tells what no rank has told. mpiexec joins the ranks'
     statuses bit by bit."""
     if dead:
-        say(f"{dead}: the job was ended; see to the cause, then start it again")
+        say(f"{dead}: the job was ended; {_no_room() or 'see to the cause'}, then start it again")
         return 1
     if status in (0, *_SPOKEN):
         return status
     if status != 3:  # 1 and 2: ranks have said why
-        say(f"the ranks ended with status {status}: the job failed, start it again")
+        cure = f"{reason}, then " if (reason := _no_room()) else ""
+        say(f"the ranks ended with status {status}: the job failed, {cure}start it again")
     return 1
+
+
+def _no_room() -> str:
+    """What to do where ranks cannot share memory: MPI dies of it without a word."""
+    with contextlib.suppress(OSError):
+        free = shutil.disk_usage("/dev/shm").free
+        if free < _SHARED_LEAST:
+            return f"make room in /dev/shm, which has {free >> 10} KiB and MPI needs more"
+    return ""
