@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import re
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -57,14 +58,15 @@ class Rows:
         self._path = path
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         self._pending, self._told = b"", False
+        self._writing = threading.Lock()  # checkpoints are written by a thread of their own
 
     def add(self, row: Mapping[str, Any]) -> None:
         """A number that is none is written as null, which JSON has."""
         row = {key: None if _is_no_number(value) else value for key, value in row.items()}
-        self._pending += json.dumps(row).encode() + b"\n"
         try:
-            while self._pending:
-                self._pending = self._pending[os.write(self._file, self._pending) :]
+            with self._writing:
+                self._pending += json.dumps(row).encode() + b"\n"
+                self._write()
             self._told = False
         except OSError as error:
             if not self._told:
@@ -76,9 +78,13 @@ class Rows:
 
     def sync(self) -> None:
         """To the disk. Raises OSError."""
-        if self._pending:
-            raise OSError(0, f"rows of {self._path.name} are not written yet")
+        with self._writing:
+            self._write()
         os.fsync(self._file)
+
+    def _write(self) -> None:
+        while self._pending:
+            self._pending = self._pending[os.write(self._file, self._pending) :]
 
     def close(self) -> None:
         os.close(self._file)
