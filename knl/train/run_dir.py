@@ -107,8 +107,10 @@ class RunDirectory:
             self._rows.sync()
 
     def stop_wanted(self) -> bool:
-        """Whether the user has made the file STOP."""
-        return (self.path / "STOP").exists()
+        """Whether the user has made the file STOP, as far as can be seen."""
+        with contextlib.suppress(OSError):
+            return (self.path / "STOP").exists()
+        return False
 
     def close(self) -> None:
         """Let go of the folder."""

@@ -25,6 +25,7 @@ from statistics import median
 from knl.train.checkpoint import listed, step_of
 
 from ..mpi.launch import Job, knl, run, started
+from . import stops
 
 HERE = Path(__file__).parent
 EPOCHS, PER_EPOCH = 30, 5
@@ -207,11 +208,13 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stops", type=int, default=5, help="tries of each other fault")
     wanted = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         began = time.monotonic()
         report = campaign(Path(place), wanted.kills, wanted.ranks, wanted.seed, print)
-    print(table(report))
+        others = stops.stops(Path(place), wanted.stops, print)
+    print(table(report), stops.table(others), sep="\n\n")
     print(
         f"{wanted.kills} kills of {wanted.ranks} ranks in {time.monotonic() - began:.0f} s, "
         f"seed {wanted.seed}, {platform.node()}, Python {platform.python_version()}; weights "

@@ -24,8 +24,8 @@ def test_the_diagnosis_names_step_layer_lanes_samples_and_what_is_good(tmp_path)
     line = done.stderr.splitlines()[-1]
     found = re.fullmatch(
         r"knl: step (\d+): (gradient of [\w.]+|loss) is not finite, from .*; lr was .*: trust "
-        r"ratios were .* to .*; lower schedule.lr, .*; more in (.*); the last good checkpoint is of "
-        r"step (\d+)|.*no checkpoint yet",
+        r"ratios were .* to .*; lower schedule.lr, .*; more in (.*); the last good checkpoint "
+        r"is of step (\d+)|.*no checkpoint yet",
         line,
     )
     assert found, line
