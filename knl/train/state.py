@@ -34,9 +34,10 @@ class Place:
 
     @torch.no_grad()
     def copy(self) -> torch.Tensor:
-        """As the plain network has it, in memory of its own."""
+        """As the plain network has it, in memory of its own; in the order of the tensor's memory,
+        which training does not wait to be changed."""
         plain = _unpack(self.owner, self.tensor) if self.packed else self.tensor
-        return plain.detach().clone(memory_format=torch.contiguous_format)
+        return plain.detach().clone()
 
     @torch.no_grad()
     def put(self, plain: torch.Tensor) -> None:
