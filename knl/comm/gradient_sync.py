@@ -46,7 +46,7 @@ class GradientSync:
     that the last step waited for sums after backward. `order`: the parameters' numbers as the
     buckets hold them, known after the first step.
 
-    `carries`: how many numbers are carried; `bucket_bytes`: size at which a bucket is closed;
+    `carry`: how many numbers; `bucket_bytes`: size at which a bucket is closed;
     `first_bucket_bytes`: of the first one, small so that communication starts early. `timeout`:
     seconds to wait for a bucket.
     Raises FailedError when the ranks' models or sizes of buckets differ.
@@ -60,7 +60,7 @@ class GradientSync:
         bucket_bytes: int,
         first_bucket_bytes: int,
         timeout: float,
-        carries: int = 1,
+        carry: int = 1,
     ) -> None:
         self.parameters = [parameter for _, parameter in named]
         self.names = [name for name, _ in named]
@@ -68,7 +68,7 @@ class GradientSync:
         self.bucket_bytes, self.first_bucket_bytes = bucket_bytes, first_bucket_bytes
         self.buckets: list[Bucket] = []
         self.waited = 0.0
-        self.carried = torch.zeros(carries)
+        self.carried = torch.zeros(carry)
         self._arrived: list[int] | None = []  # order of the first backward; None once it is known
         self._armed = self._stepped = False
         self._next = 0  # buckets start in order, the same on every rank
@@ -182,8 +182,7 @@ class GradientSync:
         groups = self._group(order)
         self._laid = list(order)
         # The former memory is given up first: there may not be room for both.
-        carries = self.carried.numel()
-        self.buckets, self.carried = [], torch.zeros(carries)
+        self.buckets, self.carried = [], torch.zeros(self.carried.numel())
         self._bucket_of: dict[int, Bucket] = {}
         for parameter in self.parameters:
             parameter.grad = None
@@ -199,7 +198,7 @@ class GradientSync:
                 self.parameters[number].grad = gradient
                 self._bucket_of[number] = bucket
 
-        self.carried = self.buckets[0].buffer[-carries:]
+        self.carried = self.buckets[0].buffer[-self.carried.numel() :]
 
     def _buffers(self, groups: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         """Zeros for each group, in memory of the node where its ranks sum there; in the first with

@@ -68,7 +68,7 @@ class Trainer:
             bucket_bytes=int(comm.bucket_mb * _MB),
             first_bucket_bytes=int(comm.first_bucket_mb * _MB),
             timeout=self.timeout,
-            carries=1 + len(ORDERS) + self.statistics.size,
+            carry=1 + len(ORDERS) + self.statistics.size,
         )
         o = recipe.optim
         self.optimiser = Lars(

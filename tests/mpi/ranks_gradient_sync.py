@@ -152,14 +152,14 @@ def carried_numbers(ranks: Ranks) -> None:
     """A vector is carried as well; and buckets are laid out as an earlier run had them."""
     model = Branches()
     sync = GradientSync(
-        named(model), ranks, bucket_bytes=200, first_bucket_bytes=50, timeout=LIMIT_S, carries=7
+        named(model), ranks, bucket_bytes=200, first_bucket_bytes=50, timeout=LIMIT_S, carry=7
     )
     assert sync.order == []
     for step in range(4):
         if step == 2:
             again = GradientSync(
                 named(model), ranks, bucket_bytes=200, first_bucket_bytes=50, timeout=LIMIT_S,
-                carries=7,
+                carry=7,
             )  # fmt: skip
             again.restore(sync.order)
             assert again.order == sync.order

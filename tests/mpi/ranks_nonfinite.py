@@ -35,25 +35,25 @@ def everything(found: Trainer) -> list[int]:
     return checksums([*named, *momenta])
 
 
-def poison(found: Trainer) -> None:
-    """The samples of the next batch on the last rank are no numbers."""
+def poison(found: Trainer, *steps: int) -> None:
+    """The samples of a lane of the last rank are no numbers in these steps of the first epoch."""
     if found.ranks.world.rank == found.ranks.world.size - 1:
         real = found.dataset.train_batch
+        bad = {tuple(found.lanes.batch(0, step, found.my_lanes[-1])) for step in steps}
 
-        def once(samples, epoch):
-            found.dataset.train_batch = real
+        def train_batch(samples, epoch):
             images, labels = real(samples, epoch)
-            return np.full_like(images, math.inf), labels
+            return (np.full_like(images, math.inf) if tuple(samples) in bad else images), labels
 
-        found.dataset.train_batch = once
+        found.dataset.train_batch = train_batch
 
 
 def loss(ranks: Ranks) -> None:
     """A lane's loss is no number: nothing moves, training goes on, orders arrive all the same."""
     found = trainer(ranks)
+    poison(found, 1)
     found.step(0)
     before = everything(found)
-    poison(found)
     metrics = found.step(1, ["SIGTERM"] if ranks.world.rank == 1 else [])
     assert math.isnan(metrics.loss) and found.skipped == 1
     assert found.agreed["SIGTERM"] == 1.0
@@ -80,10 +80,9 @@ def gradient(ranks: Ranks) -> None:
 
 def cap(ranks: Ranks) -> None:
     found = trainer(ranks, "train.max_skipped=2")
+    poison(found, 0, 1, 2)
     for step in range(2):
-        poison(found)
         found.step(step)
-    poison(found)
     with pytest.raises(
         NonFiniteError, match=r"step 3: .*, after 2 steps left out; lr was "
     ) as told:
