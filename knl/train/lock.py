@@ -72,7 +72,7 @@ class Lock:
     def release(self) -> None:
         """Let the next job have it."""
         self._done.set()
-        self._beats.join()
+        self._beats.join(_POLL_S)  # it may hang in a file system that does
         with contextlib.suppress(OSError):
             if not self.lost():
                 self.path.unlink()
@@ -177,13 +177,16 @@ def _job_is_over(owner: Owner, mine: Owner) -> bool:
         return False
     if owner.job == mine.job:
         return owner.restarts != mine.restarts
-    if not mine.job or shutil.which("squeue") is None:
+    squeue = shutil.which("squeue")
+    if not mine.job or squeue is None:
         return False  # another cluster's Slurm may have the same numbers
+    command = [squeue, "--noheader", "--format=%T", "--jobs", owner.job]
     try:
+        # By its path and without closing files: then Python spawns it, where a fork would be
+        # unsafe after the start of MPI.
         done = subprocess.run(
-            ["squeue", "--noheader", "--format=%T", "--jobs", owner.job],
-            capture_output=True, text=True, timeout=_TOOL_S, check=False,
-        )  # fmt: skip
+            command, capture_output=True, text=True, timeout=_TOOL_S, check=False, close_fds=False
+        )
     except (OSError, subprocess.TimeoutExpired):
         return False
     unknown = done.returncode != 0 and "Invalid job id" in done.stderr
