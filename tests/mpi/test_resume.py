@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -75,6 +76,17 @@ def test_another_number_of_ranks_goes_on_with_the_same_losses(tmp_path, whole):
     train(folder, 3, "--max-steps", "5", status=75)
     train(folder, 1)
     assert [row["step"] for row in steps(folder)] == list(range(1, STEPS + 1))
+    wanted = [row["loss"] for row in steps(whole(2))]
+    assert [row["loss"] for row in steps(folder)] == pytest.approx(wanted, abs=1e-4)
+
+
+def test_another_layout_goes_on_with_the_same_losses(tmp_path, whole):
+    folder = tmp_path / "run"
+    layouts = [*(["ipex"] if importlib.util.find_spec("intel_extension_for_pytorch") else []),
+               "contiguous", "channels_last"]  # fmt: skip
+    for layout in layouts:
+        train(folder, 2, "--set", f"train.layout={layout}", "--max-steps", "5", status=75)
+    train(folder, 2)
     wanted = [row["loss"] for row in steps(whole(2))]
     assert [row["loss"] for row in steps(folder)] == pytest.approx(wanted, abs=1e-4)
 
