@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, NoReturn, Optional
 
 import typer
 
-from knl import __version__, cli_bench, cli_data, cli_node
+from knl import __version__, cli_bench, cli_checkpoint, cli_data, cli_node
 from knl.comm.watchdog import end_job
 from knl.comm.world import SINGLE, Provider, World, world_from
 from knl.errors import FailedError, InputError, KnlError, say
+from knl.train.orders import parse_time
 
 if TYPE_CHECKING:
     from knl.config import Recipe
@@ -75,7 +76,18 @@ def train(
         [], "--set", metavar="KEY=VALUE", help="Override a key of the recipe; repeatable."
     ),
     run_dir: Optional[Path] = typer.Option(
-        None, help="Folder to write into; runs/RECIPE-TIME if not given."
+        None,
+        help="Folder to write into, where a run goes on from its newest checkpoint; "
+        "runs/RECIPE-TIME if not given.",
+    ),
+    fresh: bool = typer.Option(
+        False, "--fresh", help="Start anew in --run-dir; what is there moves into old-001 below it."
+    ),
+    max_time: Optional[str] = typer.Option(
+        None, help="Stop after so long, with a checkpoint and exit status 75: 90s, 45m, 1.5h."
+    ),
+    max_steps: int = typer.Option(
+        0, min=0, help="Stop after so many steps of this start in the same way; 0 for no limit."
     ),
     ranks: Optional[int] = typer.Option(
         None, "-n", min=1, help="Ranks to start on this host; the profile's if not given, else 1."
@@ -126,7 +138,13 @@ def train(
             f"{world.launcher}; leave -n out here, or start knl without a launcher",
             shared=True,
         )
-    request = _Request(recipe, overrides, run_dir, profile, provider, stage, as_json)
+    if fresh and run_dir is None:
+        raise InputError("--fresh: of which run? name it with --run-dir", shared=True)
+    if max_time is not None:
+        parse_time(max_time, "--max-time")
+    request = _Request(
+        recipe, overrides, run_dir, profile, provider, stage, as_json, fresh, max_time, max_steps
+    )
     if ranks is None and world.launcher == "single":
         ranks = _ranks_of_profile(request)
     if ranks is None or ranks == 1:
@@ -139,6 +157,7 @@ for command in cli_node.COMMANDS:
     app.command()(command)
 app.add_typer(cli_bench.app)
 app.add_typer(cli_data.app)
+app.add_typer(cli_checkpoint.app)
 
 
 @dataclass(frozen=True)
@@ -152,6 +171,9 @@ class _Request:
     provider: str
     stage: Path | None
     as_json: bool
+    fresh: bool
+    max_time: str | None
+    max_steps: int
 
     @property
     def profile_path(self) -> Path | None:
@@ -193,8 +215,12 @@ def _train_as_launcher(ranks: int, request: _Request) -> None:
         arguments += ["--run-dir", str(request.run_dir)]
     if request.stage is not None:
         arguments += ["--stage", str(request.stage)]
-    if request.as_json:
-        arguments.append("--json")
+    if request.max_time is not None:
+        arguments += ["--max-time", request.max_time]
+    if request.max_steps:
+        arguments += ["--max-steps", str(request.max_steps)]
+    arguments += ["--fresh"] if request.fresh else []
+    arguments += ["--json"] if request.as_json else []
     columns = shutil.get_terminal_size().columns if sys.stderr.isatty() else None
     raise typer.Exit(launch(ranks, arguments, columns, planned=request.profile != "none"))
 
@@ -212,18 +238,20 @@ def _train_as_rank(world: World, request: _Request) -> None:
         become_planned(world, request.profile_path, _recipe_if_good(request))
     from knl.comm.bootstrap import open_bootstrap
     from knl.native import stdout_to
-    from knl.train.job import run_job
+    from knl.train.job import Request, run_job
 
+    asked = Request(
+        request.recipe,
+        request.overrides,
+        request.run_dir,
+        request.provider,
+        request.stage,
+        request.fresh,
+        parse_time(request.max_time, "--max-time") if request.max_time else None,
+        request.max_steps,
+    )
     with stdout_to(STDERR) as stdout:  # nothing but the result may stand there
-        result = run_job(
-            world,
-            open_bootstrap(world),
-            request.recipe,
-            request.overrides,
-            request.run_dir,
-            request.provider,
-            request.stage,
-        )
+        result = run_job(world, open_bootstrap(world), asked)
         if request.as_json and result is not None:
             os.write(stdout, json.dumps(result).encode() + b"\n")
 

@@ -67,7 +67,10 @@ class Train(_Section, frozen=True):
     """How long and how wide. The global batch is lanes x lane_batch. `steps`: stop after so many,
     0 for all epochs. `eval_every`: epochs between evaluations, 0 for the last alone. `layout`: of
     pictures and weights in memory; "ipex": weights as Intel's extension packs them; "auto": what
-    the node's plan says. `compile`: by torch.compile."""
+    the node's plan says. `compile`: by torch.compile. `checkpoint_minutes`: between checkpoints, 0
+    for the ends of epochs and of the run alone; `keep_checkpoints`: how many of the last, beside
+    the best. `on_nonfinite`: what to do when a loss or a gradient is no number; "skip" leaves the
+    step's update out, up to `max_skipped` times."""
 
     epochs: _AboveZero
     lanes: _Positive
@@ -79,6 +82,10 @@ class Train(_Section, frozen=True):
     dtype: Literal["fp32", "bf16"] = "fp32"
     layout: Literal["auto", "contiguous", "channels_last", "ipex"] = "auto"
     compile: bool = False
+    checkpoint_minutes: _NotNegative = 10.0
+    keep_checkpoints: _Positive = 3
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    max_skipped: _Count = 10
 
 
 class Optim(_Section, frozen=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 
 def say(text: str) -> None:
@@ -39,4 +40,20 @@ class CollectiveTimeoutError(FailedError):
 
 
 class NonFiniteError(FailedError):
-    """A loss or a gradient is no longer a number."""
+    """A loss or a gradient is no longer a number. `detail`: more than fits into a line."""
+
+    def __init__(
+        self, message: str, *, shared: bool = False, detail: dict[str, Any] | None = None
+    ) -> None:
+        super().__init__(message, shared=shared)
+        self.detail = detail or {}
+
+
+class DamagedError(FailedError):
+    """A file is not as it was written."""
+
+
+class StoppedError(KnlError):
+    """Stopped early, in order, with a checkpoint to go on from."""
+
+    exit_code = 75

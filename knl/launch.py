@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Protocol
 
 from knl.errors import InputError
 from knl.ranks_watch import RanksWatch, job_status
@@ -108,16 +108,22 @@ def launch(ranks: int, arguments: Sequence[str], columns: int | None, *, planned
     if watched:
         command.insert(1, "-disable-auto-cleanup")  # RanksWatch does it
     try:
+        # In a session of its own: mpiexec would kill the ranks at a terminal's Ctrl-C.
         process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
         )
     except OSError as error:
         raise InputError(f"{command[0]} does not start: {error.strerror}") from None
     with process:
         copier = threading.Thread(target=_copy_result, args=(process.stdout,), daemon=True)
         copier.start()
-        with _signals_to(process):
-            status, dead = RanksWatch(process, ranks).wait() if watched else (process.wait(), "")
+        watch = RanksWatch(process, ranks) if watched else None
+        with _signals_to(watch or process):
+            status, dead = watch.wait() if watch else (process.wait(), "")
         copier.join()
     return job_status(shell_status(status), dead)
 
@@ -150,15 +156,20 @@ def _copy_result(pipe: IO[bytes]) -> None:
             sys.stdout.buffer.flush()
 
 
+class _Receiver(Protocol):
+    def send_signal(self, number: int, /) -> None: ...
+
+
 @contextlib.contextmanager
-def _signals_to(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Pass on the signals that end a job."""
-    passed_on = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-    before = {number: signal.getsignal(number) for number in (*passed_on, signal.SIGINT)}
+def _signals_to(receiver: _Receiver) -> Iterator[None]:
+    """Pass on the signals that end a job. A terminal that goes away ends it, too."""
+    ends = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+    passed_on = {number: number for number in ends}
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup sets it
+        passed_on[signal.SIGHUP] = signal.SIGTERM
+    before = {number: signal.getsignal(number) for number in passed_on}
     for number in passed_on:
-        signal.signal(number, lambda received, _: process.send_signal(received))
-    # A terminal sends Ctrl-C to mpiexec as well; wait for its end.
-    signal.signal(signal.SIGINT, lambda *_: None)
+        signal.signal(number, lambda got, _: receiver.send_signal(passed_on[signal.Signals(got)]))
     try:
         yield
     finally:

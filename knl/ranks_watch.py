@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from knl.comm.roll_call import state_of
 from knl.errors import say
 from knl.leftovers import remove_openmp_segments, remove_segments, segments_of
 
@@ -21,8 +23,11 @@ _SIGNAL_GRACE_S = 1.0  # an abort kills the ranks, too: then none is left to be 
 _STATUS_GRACE_S = 5.0  # for the others to fail by themselves
 _END_S = 10.0
 _START_S = 60.0  # in which rank 0 comes to MPI
+_STOPPED_S = 5.0  # for which a rank has been stopped, so that it does not hear a signal
 _STATE, _PARENT, _START, _STATUS = 0, 1, 19, -1  # fields of /proc/PID/stat
 _SPOKEN = (1, 2, 75)  # statuses with which a rank has said why
+_EARLY = 75  # stopped with nothing lost
+_SHARED_LEAST = 4 << 20  # bytes that a small job takes of shared memory
 
 
 @dataclass
@@ -34,6 +39,13 @@ class RanksWatch:
     pids: dict[int, int] = field(default_factory=dict)  # by rank
     ended: dict[int, int] = field(default_factory=dict)  # by rank: as waitpid has it
     segments: dict[Path, int] = field(default_factory=dict)  # in shared memory, by inode
+    orders: list[int] = field(default_factory=list)  # signals, not yet passed on
+    heard: list[int] = field(default_factory=list)  # signals that were passed on
+    stopped_s: float = 0.0  # since when a rank is stopped
+
+    def send_signal(self, number: int) -> None:
+        """Pass a signal on to the ranks, which stop in order. Called in a signal's handler."""
+        self.orders.append(number)
 
     def wait(self) -> tuple[int, str]:
         """mpiexec's status, and which rank died when one did: "" where the ranks speak for
@@ -51,19 +63,68 @@ class RanksWatch:
                 self._find()
             if not self.segments and time.monotonic() - began < _START_S:
                 self._note_segments()
+            if reason := self._pass_orders_on():
+                self._end()
+                return 1, reason
             bad = {rank: status for rank, status in self._ended().items() if status != 0}
             if not bad:
                 time.sleep(_POLL_S)
                 continue
             first_s = first_s or time.monotonic()
             rank, status = next(iter(bad.items()))
-            dead = dead or _how(rank, status)
+            early = self._died_of_order(status)
+            dead = dead or ("" if early else _how(rank, status))
             grace = _SIGNAL_GRACE_S if os.WIFSIGNALED(status) else _STATUS_GRACE_S
             if time.monotonic() - first_s > grace and len(self.ended) < len(self.pids):
                 self._end()
-                return 1 if dead else os.WEXITSTATUS(status), dead
+                return self._status(1 if dead else os.WEXITSTATUS(status), early), dead
             time.sleep(_POLL_S)
-        return self.mpiexec.returncode, dead if self.mpiexec.returncode not in (0, *_SPOKEN) else ""
+        code = self.mpiexec.returncode
+        early = any(self._died_of_order(status) for status in self._ended().values())
+        # Before the ranks have met in MPI it may be gone before their ends were seen.
+        early = early or bool(self.heard and not dead and code not in (0, *_SPOKEN))
+        status = self._status(code, early)
+        return status, dead if status not in (0, *_SPOKEN) else ""
+
+    def _pass_orders_on(self) -> str:
+        """Why the ranks cannot be waited for any more: a second SIGINT or SIGTERM, or a rank that
+        is stopped, without which the others do not come to the step after which all stop. Else
+        ""."""
+        orders, self.orders = self.orders, []
+        if orders and not self.pids:
+            self.orders = [*orders, *self.orders]  # the ranks have not been started yet
+            return ""
+        for number in orders:
+            if number in self.heard and number in (signal.SIGINT, signal.SIGTERM):
+                return f"{signal.Signals(number).name} came a second time"
+            self.heard.append(number)
+            for rank, pid in self.pids.items():
+                if rank not in self.ended:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, number)
+        return self._stopped_rank() if self.heard else ""
+
+    def _stopped_rank(self) -> str:
+        """Which rank has been stopped for a while; "" when none has."""
+        stopped = [rank for rank, pid in self.pids.items() if state_of(pid) == "stopped"]
+        if not stopped:
+            self.stopped_s = 0.0
+            return ""
+        self.stopped_s = self.stopped_s or time.monotonic()
+        if time.monotonic() - self.stopped_s < _STOPPED_S:
+            return ""
+        rank = stopped[0]
+        return f"rank {rank} is stopped (pid {self.pids[rank]}), so the job cannot stop in order"
+
+    def _died_of_order(self, status: int) -> bool:
+        """A rank that does not listen yet has not begun to train."""
+        return os.WIFSIGNALED(status) and os.WTERMSIG(status) in self.heard
+
+    def _status(self, status: int, early: bool) -> int:
+        if not early:
+            return status
+        say("stopped before training began: nothing is lost, start it again")
+        return _EARLY
 
     def _find(self) -> None:
         """The ranks are the children of mpiexec's child, which starts them in their order. One that
@@ -128,10 +189,20 @@ def job_status(status: int, dead: str) -> int:
     """The job's exit status from mpiexec's; tells what no rank has told. mpiexec joins the ranks'
     statuses bit by bit."""
     if dead:
-        say(f"{dead}: the job was ended; see to the cause, then start it again")
+        say(f"{dead}: the job was ended; {_no_room() or 'see to the cause'}, then start it again")
         return 1
     if status in (0, *_SPOKEN):
         return status
     if status != 3:  # 1 and 2: ranks have said why
-        say(f"the ranks ended with status {status}: the job failed, start it again")
+        cure = f"{reason}, then " if (reason := _no_room()) else ""
+        say(f"the ranks ended with status {status}: the job failed, {cure}start it again")
     return 1
+
+
+def _no_room() -> str:
+    """What to do where ranks cannot share memory: MPI dies of it without a word."""
+    with contextlib.suppress(OSError):
+        free = shutil.disk_usage("/dev/shm").free
+        if free < _SHARED_LEAST:
+            return f"make room in /dev/shm, which has {free >> 10} KiB and MPI needs more"
+    return ""

@@ -39,11 +39,51 @@ def require_same_layout(ranks: Ranks, named: Named, timeout: float) -> None:
 
 
 def require_same_weights(ranks: Ranks, named: Named, when: str, timeout: float) -> str:
-    """Raise FailedError on every rank, naming the first tensor whose bytes differ from rank 0's,
-    and the ranks that differ. Returns the checksum of all weights."""
+    """Raise FailedError on every rank, naming the ranks, and their hosts, whose bytes are not those
+    of most, and the first tensor that differs. Returns the checksum of all weights."""
     values = checksums(named)
-    require_same(ranks, [name for name, _ in named], values, f"the weights {when}", timeout)
-    return combined(values)
+    whole = combined(values)
+    if ranks.world.size == 1:
+        return whole
+    what = f"the weights {when}"
+    every = [0.0] * ranks.world.size
+    every[ranks.world.rank] = float(int(whole, 16))
+    every = allreduce_numbers(ranks.collectives, every, timeout, f"checksums of {what}")
+    right = _most_frequent(every)
+    wrong = [rank for rank, value in enumerate(every) if value != right]
+    if not wrong:
+        return whole
+    root = every.index(right)
+    theirs = torch.tensor(values, dtype=torch.int64)
+    with waiting_for(f"checksums of {what}, as rank {root} has them"):
+        ranks.collectives.broadcast(theirs, root=root)
+    differing = [n for n, value in enumerate(theirs.tolist()) if value != values[n]]
+    firsts = [0.0] * ranks.world.size
+    firsts[ranks.world.rank] = float(differing[0] + 1) if differing else 0.0
+    firsts = allreduce_numbers(ranks.collectives, firsts, timeout, f"checksums of {what}, compared")
+    name = named[int(min(first for first in firsts if first)) - 1][0]
+    unsure = (
+        " (no majority has the same, so it may be another)"
+        if 2 * every.count(right) <= len(every)
+        else ""
+    )
+    raise FailedError(
+        f"{what} differ on {_with_hosts(ranks, wrong)} from rank {root}'s{unsure}, first in "
+        f"{name}: memory or network of that host may be at fault; keep the job off it, then start "
+        "again from the last checkpoint",
+        shared=True,
+    )
+
+
+def _most_frequent(values: Sequence[float]) -> float:
+    """The first of those that are there most often."""
+    return max(values, key=values.count)
+
+
+def _with_hosts(ranks: Ranks, wrong: Sequence[int]) -> str:
+    hosts = ranks.hosts or ["?"] * ranks.world.size
+    texts = [f"rank {rank} (host {hosts[rank]})" for rank in wrong[:8]]
+    return ", ".join(texts) + (" ..." if wrong[8:] else "")
 
 
 def require_same(

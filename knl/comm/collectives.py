@@ -53,11 +53,13 @@ class Collectives(Protocol):
 
 @dataclass(frozen=True)
 class Ranks:
-    """The open world: who am I, the collectives, and why the providers before it were not taken."""
+    """The open world: who am I, the collectives, and why the providers before it were not taken.
+    `hosts`: by rank."""
 
     world: World
     collectives: Collectives
     passed_over: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()
 
     @property
     def provider(self) -> str:
@@ -115,8 +117,9 @@ def open_ranks(
     """
     from knl.comm.node import share_node
 
+    hosts = bootstrap.roll_call.hosts
     if world.size == 1:
-        return Ranks(world, Alone())
+        return Ranks(world, Alone(), hosts=hosts)
     reasons: list[str] = []
     for name in PROVIDERS if provider == "auto" else (provider,):
         try:
@@ -125,12 +128,12 @@ def open_ranks(
             reasons.append(f"{name}: {reason}")
         else:
             if not shared:
-                return Ranks(world, collectives, tuple(reasons))
+                return Ranks(world, collectives, tuple(reasons), hosts)
             with limit("sharing memory", start_timeout(), world.rank, bootstrap.roll_call.tell):
                 collectives, why_not = share_node(world, bootstrap, collectives)
             if why_not:
                 reasons.append(f"in shared memory within the node: {why_not}")
-            return Ranks(world, collectives, tuple(reasons))
+            return Ranks(world, collectives, tuple(reasons), hosts)
     raise FailedError(f"no provider works; {'; '.join(reasons)}", shared=True)
 
 

@@ -43,7 +43,8 @@ class GradientSync:
     lane; `arrivals()`, or `finish()` where nothing is to be done as buckets arrive. In a world of
     one nothing is hooked and no bucket is made. `carried`: numbers that are summed along with the
     first bucket; set them before `arm`, read the sums when that bucket is there. `waited`: seconds
-    that the last step waited for sums after backward.
+    that the last step waited for sums after backward. `order`: the parameters' numbers as the
+    buckets hold them, known after the first step.
 
     `carry`: how many numbers; `bucket_bytes`: size at which a bucket is closed;
     `first_bucket_bytes`: of the first one, small so that communication starts early. `timeout`:
@@ -129,6 +130,20 @@ class GradientSync:
         for _ in self.arrivals():
             pass
 
+    @property
+    def order(self) -> list[int]:
+        """Empty before the first step has ended, and in a world of one."""
+        if not self.buckets or (self._arrived is not None and not self._stepped):
+            return []
+        return self._order_of_arrival(self._arrived) if self._arrived is not None else self._laid
+
+    def restore(self, order: Sequence[int]) -> None:
+        """Lay the buckets out as they were, so that sums are rounded alike. Every rank calls with
+        the same `order`; an empty one leaves the first step to show it."""
+        if self.buckets and sorted(order) == list(range(len(self.parameters))):
+            self._lay_out(order)
+            self._arrived = None
+
     def _wait(self, number: int, bucket: Bucket) -> None:
         assert bucket.handle is not None  # started by arrivals
         first = self.names[bucket.members[0]]
@@ -165,6 +180,7 @@ class GradientSync:
     def _lay_out(self, order: Sequence[int]) -> None:
         """Make buckets for the parameters in this order and point p.grad into them."""
         groups = self._group(order)
+        self._laid = list(order)
         # The former memory is given up first: there may not be room for both.
         self.buckets, self.carried = [], torch.zeros(self.carried.numel())
         self._bucket_of: dict[int, Bucket] = {}
@@ -215,12 +231,15 @@ class GradientSync:
 
     def _adopt_order(self, arrived: Sequence[int]) -> None:
         """Lay the buckets out anew in rank 0's order of arrival."""
-        seen = set(arrived)
-        order = [*arrived, *(n for n in range(len(self.parameters)) if n not in seen)]
-        numbers = torch.tensor(order, dtype=torch.int64)
+        numbers = torch.tensor(self._order_of_arrival(arrived), dtype=torch.int64)
         with waiting_for("the order of gradients"):
             self.ranks.collectives.broadcast(numbers, root=0)
         self._lay_out(numbers.tolist())
+
+    def _order_of_arrival(self, arrived: Sequence[int]) -> list[int]:
+        """Those that did not come at the end."""
+        seen = set(arrived)
+        return [*arrived, *(n for n in range(len(self.parameters)) if n not in seen)]
 
 
 def make_dense(parameter: torch.Tensor) -> None:

@@ -65,6 +65,11 @@ class RollCall:
             if place.host == here and rank != world.rank and state_of(place.pid) != "gone"
         ]
 
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """By rank."""
+        return tuple(place.host for place in self._places)
+
     def tell(self, problem: str) -> str:
         """`problem` and which ranks are missing. Only the rank that is to tell the user returns
         soon; the others are silent until it has ended the job, or go on after a while."""

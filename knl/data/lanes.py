@@ -46,13 +46,13 @@ class Lanes:
 
     def batch(self, epoch: int, step: int, lane: int) -> NDArray[Any]:
         """Numbers of the `lane_batch` samples, for a step counted within the epoch."""
-        return self.run(epoch, lane, 1, step)
+        return self.run(epoch, lane, step, step + 1)
 
-    def run(self, epoch: int, lane: int, steps: int, first: int = 0) -> NDArray[Any]:
-        """Numbers of a lane's samples of so many steps of an epoch, from step `first` on."""
-        start = (lane * self.steps_per_epoch + first) * self.lane_batch
+    def run(self, epoch: int, lane: int, first: int, last: int) -> NDArray[Any]:
+        """Numbers of a lane's samples from step `first` of an epoch on, up to step `last`."""
+        start = lane * self.steps_per_epoch
         order = _order(self.samples, self.chunk, self.seed, epoch)
-        return order[start : start + steps * self.lane_batch]
+        return order[(start + first) * self.lane_batch : (start + last) * self.lane_batch]
 
 
 def lanes_of(rank: int, size: int, lanes: int) -> range:

@@ -28,15 +28,16 @@ class NotStaged(Exception):
     """Why a set is read in place."""
 
 
-def needed_records(lanes: Lanes, mine: Iterable[int], steps: int) -> NDArray[Any]:
-    """Which records these lanes read within so many steps, ascending."""
+def needed_records(lanes: Lanes, mine: Iterable[int], steps: range) -> NDArray[Any]:
+    """Which records these lanes read within these steps of the run, ascending."""
     mine = list(mine)
     needed = np.zeros(lanes.samples, dtype=bool)
-    epochs, rest = divmod(steps, lanes.steps_per_epoch)
-    for epoch in range(epochs + (rest > 0)):
-        last = lanes.steps_per_epoch if epoch < epochs else rest
+    each = lanes.steps_per_epoch
+    for epoch in range(steps.start // each, -(-steps.stop // each)):
+        first = max(0, steps.start - epoch * each)
+        last = min(each, steps.stop - epoch * each)
         for lane in mine:
-            needed[lanes.run(epoch, lane, last)] = True
+            needed[lanes.run(epoch, lane, first, last)] = True
     return np.flatnonzero(needed)
 
 

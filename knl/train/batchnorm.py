@@ -1,17 +1,15 @@
 """BatchNorm with one group a lane, and running statistics that do not depend on the ranks.
 
 The running statistics after a step are those of the mean over all lanes: old (1 - m) + m mean. An
-exponential average is linear, so each rank keeps its own lanes' and ranks are averaged, weighted
-by their lanes, when the statistics are needed.
+exponential average is linear, so it is that of the ranks' own, weighted by their lanes. It travels
+with the step's first gradients (53,120 numbers of ResNet-50, 0.2 % of them): so every rank has the
+same statistics after every step, and no bit of them depends on when a checkpoint was taken.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import nn
-
-from knl.comm.agreement import flat
-from knl.comm.collectives import Ranks, waiting_for
 
 
 class RunningStatistics:
@@ -22,6 +20,14 @@ class RunningStatistics:
         self.norms = [m for m in model.modules() if isinstance(m, kinds) and m.track_running_stats]
         self.momenta = [float(m.momentum or 0.0) for m in self.norms]
         self.local, self.lanes = local, lanes
+        kept = [(m.running_mean, m.running_var) for m in self.norms]
+        self.buffers = [buffer for pair in kept for buffer in pair if buffer is not None]
+        self._sizes = [buffer.numel() for buffer in self.buffers]
+
+    @property
+    def size(self) -> int:
+        """Of the vector that holds them all."""
+        return sum(self._sizes)
 
     def begin_lane(self, number: int) -> None:
         """Weigh the forward of the step's lane `number` (from 0) so that all local lanes count
@@ -30,17 +36,18 @@ class RunningStatistics:
         for norm, m in zip(self.norms, self.momenta):
             norm.momentum = (m / n) / (1.0 - m * (n - 1 - number) / n)
 
-    def average(self, ranks: Ranks, timeout: float) -> None:
-        """Give every rank the statistics of all lanes."""
-        if ranks.world.size == 1 or not self.norms:
-            return
-        buffers: list[torch.Tensor] = []
-        for norm in self.norms:
-            assert norm.running_mean is not None and norm.running_var is not None
-            buffers += [norm.running_mean, norm.running_var]
-        joined = torch.cat([flat(buffer) for buffer in buffers]) * (self.local / self.lanes)
-        with waiting_for("running statistics for an evaluation"):
-            ranks.collectives.allreduce(joined).wait(timeout)
-        parts = joined.split([buffer.numel() for buffer in buffers])
-        for buffer, part in zip(buffers, parts):
+    def give(self, carried: torch.Tensor) -> None:
+        """This rank's share of the statistics of all lanes, into a vector of `size` numbers that is
+        summed over the ranks."""
+        if self.buffers:
+            torch.cat(self.buffers, out=carried)
+            carried.mul_(self.local / self.lanes)
+
+    def take(self, summed: torch.Tensor) -> None:
+        """The statistics of all lanes, from the sum of what all ranks have given."""
+        for buffer, part in zip(self.buffers, summed.split(self._sizes)):
             buffer.copy_(part)
+
+    def copy(self) -> torch.Tensor:
+        """All of them, for `take` to put back."""
+        return torch.cat(self.buffers) if self.buffers else torch.zeros(0)

@@ -6,110 +6,198 @@ import os
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
 import torch
+from rich.console import Console
 
 from knl.bind import PLAN, on_loader_cpus
 from knl.comm.bootstrap import Bootstrap, together
 from knl.comm.collectives import Ranks, open_ranks
 from knl.comm.world import World
 from knl.config import Recipe, load_recipe, require_ranks_fit
-from knl.data.dataset import Dataset, open_dataset
+from knl.data.dataset import open_dataset
 from knl.data.packed import PackedDataset
-from knl.errors import CollectiveTimeoutError, InputError, KnlError, say
-from knl.train.metrics import RunDirectory, default_run_dir
+from knl.errors import CollectiveTimeoutError, FailedError, InputError, KnlError, say
+from knl.train.checkpoint import Checkpoint, State
+from knl.train.loop import Keeper, Outcome, Progress, Run
+from knl.train.metrics import environment_of
+from knl.train.orders import Deadlines, Signals, deadlines
 from knl.train.progress import Display, open_console
+from knl.train.run_dir import ANEW, RunDirectory, default_run_dir
+from knl.train.saver import Saver
 from knl.train.staging import Staged, stage_on_nodes
-from knl.train.trainer import Outcome, Trainer, set_interop_threads, train
+from knl.train.state import places, put_back, require_fit
+from knl.train.trainer import Trainer, set_interop_threads
 
 
-def run_job(
-    world: World,
-    bootstrap: Bootstrap,
-    name: str,
-    overrides: Sequence[str],
-    run_dir: Path | None,
-    provider: str,
-    stage: Path | None = None,
-) -> dict[str, Any] | None:
-    """Train the recipe as this rank. `stage`: node-local folder to copy a packed set to. Returns
-    the result on rank 0, None on the others.
+@dataclass(frozen=True)
+class Request:
+    """What a user asks of a job. `run_dir`: None for a new one; `stage`: node-local folder to copy
+    a packed set to; `max_time_s`, `max_steps`: of this
+    start, None and 0 for no limit."""
+
+    recipe: str
+    overrides: Sequence[str] = ()
+    run_dir: Path | None = None
+    provider: str = "auto"
+    stage: Path | None = None
+    fresh: bool = False
+    max_time_s: float | None = None
+    max_steps: int = 0
+
+
+def run_job(world: World, bootstrap: Bootstrap, request: Request) -> dict[str, Any] | None:
+    """Train the recipe as this rank. Returns the result on rank 0, None on the others.
 
     Raises KnlError; one marked `shared` is raised by every rank.
     """
-    began = time.perf_counter()
+    began = time.monotonic()
+    signals = Signals()
+    signals.listen()
     set_interop_threads()
-    recipe = together(bootstrap, lambda: _load(name, overrides, world.size))
+    recipe = together(bootstrap, lambda: _load(request.recipe, request.overrides, world.size))
+    limits = together(bootstrap, lambda: deadlines(os.environ, request.max_time_s, began))
+    job = _Job(world, bootstrap, request, recipe, signals, limits)
     try:
-        return _run(world, bootstrap, recipe, run_dir, provider, stage, began)
+        result = job.run()
     except CollectiveTimeoutError as error:
         raise CollectiveTimeoutError(
             f"{bootstrap.roll_call.tell(str(error))}: look there, then start the job again from "
             "its last checkpoint (comm.timeout_s sets the limit)"
         ) from None
+    return None if result is None else {**result, "wall_s": time.monotonic() - began}
 
 
-def _run(
-    world: World,
-    bootstrap: Bootstrap,
-    recipe: Recipe,
-    run_dir: Path | None,
-    provider: str,
-    stage: Path | None,
-    began: float,
-) -> dict[str, Any] | None:
-    ranks = open_ranks(world, bootstrap, provider, recipe.comm.timeout_s)
-    try:
-        hosts = bootstrap.gather(platform.node())
-        dataset = together(bootstrap, lambda: open_dataset(recipe.data, recipe.train.seed))
-        trainer = together(bootstrap, lambda: Trainer(recipe, dataset, ranks))
-        path = run_dir or default_run_dir(recipe.name)
-        staged = _stage(world, bootstrap, hosts, dataset, trainer, stage)
-        with on_loader_cpus():
-            run = together(
-                bootstrap,
-                lambda: RunDirectory(path, recipe, ranks, hosts) if world.rank == 0 else None,
-            )
-        try:
-            outcome = _train(trainer, run, ranks)
-        finally:
-            trainer.close()
-    except KnlError as error:
-        if error.shared:  # else ranks may be gone, and closing waits for them
-            ranks.collectives.close()
-        raise
-    ranks.collectives.close()
-    if run is None:
-        return None
-    result = _result(recipe, ranks, path, outcome, time.perf_counter() - began)
-    return {**result, "stage": asdict(staged) if staged else None}
+@dataclass(frozen=True)
+class _Job:
+    """The parts of a job on this rank."""
 
+    world: World
+    bootstrap: Bootstrap
+    request: Request
+    recipe: Recipe
+    signals: Signals
+    limits: Deadlines
 
-def _stage(
-    world: World,
-    bootstrap: Bootstrap,
-    hosts: list[str],
-    dataset: Dataset,
-    trainer: Trainer,
-    place: Path | None,
-) -> Staged | None:
-    if place is None:
-        return None
-    if not isinstance(dataset, PackedDataset):
-        raise InputError(
-            f"--stage {place}: for data.name = 'packed' alone, not {trainer.recipe.data.name!r}",
-            shared=True,
+    def run(self) -> dict[str, Any] | None:
+        ranks = open_ranks(
+            self.world, self.bootstrap, self.request.provider, self.recipe.comm.timeout_s
         )
-    staged = stage_on_nodes(
-        world, bootstrap, hosts, dataset, trainer.lanes, trainer.total_steps, place
-    )
-    if world.rank == 0:
-        say(staged.describe(place))
-    return staged
+        folder: RunDirectory | None = None
+        trainer: Trainer | None = None
+        try:
+            data, seed = self.recipe.data, self.recipe.train.seed
+            dataset = together(self.bootstrap, lambda: open_dataset(data, seed))
+            trainer = together(self.bootstrap, lambda: Trainer(self.recipe, dataset, ranks))
+            hosts = self.bootstrap.gather(platform.node())
+            folder = together(self.bootstrap, self._claim)
+            progress = self._resume(folder, trainer)
+            staged = self._stage(trainer, hosts, progress)
+            outcome = self._train(trainer, folder, hosts, progress)
+        except KnlError as error:
+            if error.shared:  # else ranks may be gone, and closing waits for them
+                ranks.collectives.close()
+            raise
+        finally:
+            if trainer is not None:
+                trainer.close()
+            if folder is not None:
+                folder.close()
+        ranks.collectives.close()
+        if folder is None:
+            return None
+        result = _result(self.recipe, ranks, folder.path, outcome)
+        return {**result, "stage": asdict(staged) if staged else None}
+
+    def _claim(self) -> RunDirectory | None:
+        if self.world.rank:
+            return None
+        path = self.request.run_dir or default_run_dir(self.recipe.name)
+        with on_loader_cpus():
+            return RunDirectory(path, os.environ)
+
+    def _resume(self, folder: RunDirectory | None, trainer: Trainer) -> Progress:
+        """Rank 0 chooses and reads; the others are given what it has read."""
+
+        def choose() -> Checkpoint | None:
+            if folder is None:
+                return None
+            found = folder.find(self.recipe, self.request.fresh)
+            if found is not None:
+                _require_of_this_run(found, trainer, folder.path)
+            return found
+
+        found = together(self.bootstrap, choose)
+        encoded = self.bootstrap.broadcast(msgspec.json.encode(found.state) if found else b"")
+        if not encoded:
+            return Progress()
+        state = msgspec.json.decode(encoded, type=State)
+        tensors = found.tensors if found else None
+        put_back(places(trainer.plain, trainer.optimiser), tensors, trainer.ranks, trainer.timeout)
+        trainer.sync.restore(state.order)
+        trainer.skipped = state.skipped
+        checksum = trainer.check_weights("from the checkpoint")
+        # The checksum is of the memory, so it is another in another layout.
+        same_layout = state.recipe["train"]["layout"] == self.recipe.train.layout
+        if same_layout and checksum != state.weights_crc32:
+            raise FailedError(
+                f"weights {checksum} from the checkpoint of step {state.step} are not those it was "
+                f"written with, {state.weights_crc32}: memory or network is at fault; start again",
+                shared=True,
+            )
+        return Progress(state.step, state.evaluation, state.best, checksum)
+
+    def _stage(self, trainer: Trainer, hosts: list[str], progress: Progress) -> Staged | None:
+        place = self.request.stage
+        if place is None:
+            return None
+        dataset = trainer.dataset
+        if not isinstance(dataset, PackedDataset):
+            raise InputError(
+                f"--stage {place}: for data.name = 'packed' alone, not {self.recipe.data.name!r}",
+                shared=True,
+            )
+        steps = range(progress.step, trainer.total_steps)
+        staged = stage_on_nodes(
+            self.world, self.bootstrap, hosts, dataset, trainer.lanes, steps, place
+        )
+        if self.world.rank == 0:
+            say(staged.describe(place))
+        return staged
+
+    def _train(
+        self, trainer: Trainer, folder: RunDirectory | None, hosts: list[str], progress: Progress
+    ) -> Outcome:
+        steps = self.request.max_steps
+        environment = environment_of(trainer.ranks, hosts)
+        with on_loader_cpus():
+            together(
+                self.bootstrap,
+                lambda: folder.open(self.recipe, environment, progress.step) if folder else None,
+            )
+        if folder is None:
+            return Run(trainer, self.signals, None, progress, steps).train()
+        console = open_console()
+        _introduce(console, trainer, progress)
+        with on_loader_cpus():
+            display = Display(console, trainer.total_steps)
+        keep = self.recipe.train.keep_checkpoints
+        saver = Saver(folder, self.recipe.train.checkpoint_minutes, keep)
+        keeper = Keeper(folder, display, saver, self.limits)
+        try:
+            outcome = Run(trainer, self.signals, keeper, progress, steps).train()
+        finally:
+            display.close()
+        console.print(
+            f"weights {outcome.weights_crc32} on all {trainer.ranks.world.size} rank(s); "
+            f"median {outcome.images_per_s:,.1f} images/s; run directory {folder.path}",
+            markup=False,
+        )
+        return outcome
 
 
 def _load(name: str, overrides: Sequence[str], size: int) -> Recipe:
@@ -137,37 +225,42 @@ def bucket_mb_of_plan() -> float:
         raise InputError(f"KNL_BUCKET_MB={text!r}: must be MiB, above 0 to 1024") from None
 
 
-def _train(trainer: Trainer, run: RunDirectory | None, ranks: Ranks) -> Outcome:
-    if run is None:
-        return train(trainer, None, None)
-    console = open_console()
+def _require_of_this_run(found: Checkpoint, trainer: Trainer, path: Path) -> None:
+    """What only the training knows. Raises InputError."""
+    state, total = found.state, trainer.total_steps
+    if state.samples != trainer.lanes.samples:
+        raise InputError(
+            f"{path} was trained on a set of {state.samples} samples, this one has "
+            f"{trainer.lanes.samples}: give the old set in data.path; {ANEW}"
+        )
+    if state.step > total:
+        raise InputError(
+            f"{path} has come to step {state.step}, the recipe ends after {total}: raise "
+            f"train.steps; {ANEW}"
+        )
+    require_fit(places(trainer.plain, trainer.optimiser), found.tensors)
+
+
+def _introduce(console: Console, trainer: Trainer, progress: Progress) -> None:
+    recipe = trainer.recipe
     parameters = sum(parameter.numel() for parameter in trainer.optimiser.parameters)
     console.print(
-        f"{trainer.recipe.name}: {trainer.recipe.model.name}, {parameters:,} parameters, "
-        f"{trainer.recipe.train.lanes} lanes x {trainer.recipe.train.lane_batch}, "
-        f"{trainer.total_steps} steps; {ranks.describe()}",
+        f"{recipe.name}: {recipe.model.name}, {parameters:,} parameters, "
+        f"{recipe.train.lanes} lanes x {recipe.train.lane_batch}, "
+        f"{trainer.total_steps} steps; {trainer.ranks.describe()}",
         markup=False,
     )
     console.print(os.environ.get(PLAN, "no plan: not bound, as it came"), markup=False)
-    with on_loader_cpus():
-        display = Display(console, trainer.total_steps)
-    try:
-        outcome = train(trainer, run, display)
-    finally:
-        display.close()
-        run.close()
-    console.print(
-        f"weights {outcome.weights_crc32} on all {ranks.world.size} rank(s); "
-        f"median {outcome.images_per_s:,.1f} images/s; run directory {run.path}",
-        markup=False,
-    )
-    return outcome
+    if progress.step:
+        console.print(
+            f"goes on after step {progress.step} (epoch {trainer.epoch_at(progress.step):.2f}), "
+            f"from the checkpoint with weights {progress.checksum}",
+            markup=False,
+        )
 
 
-def _result(
-    recipe: Recipe, ranks: Ranks, path: Path, outcome: Outcome, wall_s: float
-) -> dict[str, Any]:
-    """The object that `--json` prints; its keys are a contract."""
+def _result(recipe: Recipe, ranks: Ranks, path: Path, outcome: Outcome) -> dict[str, Any]:
+    """The object that `--json` prints, but for `wall_s`; its keys are a contract."""
     return {
         "run_dir": os.fspath(path),
         "recipe": recipe.name,
@@ -184,5 +277,4 @@ def _result(
         "provider": ranks.provider,
         "layout": recipe.train.layout,
         "plan": os.environ.get(PLAN, ""),
-        "wall_s": wall_s,
     }

@@ -1,28 +1,29 @@
-"""What a run writes about itself: metrics.jsonl, TensorBoard events, environment.json."""
+"""What a run writes about itself: rows of metrics, events for TensorBoard, its environment."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from datetime import datetime
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from knl.comm.collectives import Ranks
-from knl.config import Recipe, to_toml
-from knl.errors import InputError
+from knl.errors import say
 from knl.packages import IPEX, version_of
-from knl.train.evaluate import Evaluation
 
 # What may be written of the environment: settings of the run, no secrets.
 _VARIABLES = re.compile(
     r"(KNL|OMP|KMP|GOMP|I_MPI(?!_INFO)|CCL|FI|PSM2|MKL|DNNL|ONEDNN|MALLOC)_\w+|LD_PRELOAD"
     r"|SLURM_(JOB_ID|JOB_NUM_NODES|JOB_PARTITION|NTASKS|JOB_NODELIST|RESTART_COUNT)"
 )
+_SECRET = re.compile("TOKEN|SECRET|PASSW|CREDENTIAL|_KEY")
 _PACKAGES = (
     "knl", "torch", IPEX, "oneccl-cpu", "oneccl-devel", "oneccl-bind-pt",
     "impi-rt", "mpi4py", "numpy",
@@ -49,57 +50,93 @@ class StepMetrics:
     trust_max: float
 
 
-class RunDirectory:
-    """A folder that one run writes into, by rank 0. Raises InputError when it holds another run or
-    cannot be written."""
+class Rows:
+    """Lines of JSON at the end of a file. What cannot be written (disk full) is kept for the next
+    time, and told once."""
 
-    def __init__(self, path: Path, recipe: Recipe, ranks: Ranks, hosts: list[str]) -> None:
-        self.path = path
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        self._pending, self._told = b"", False
+        self._writing = threading.Lock()  # checkpoints are written by a thread of their own
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """A number that is none is written as null, which JSON has."""
+        row = {key: None if _is_no_number(value) else value for key, value in row.items()}
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            # "x": of two jobs given one folder only one gets it.
-            self._metrics = (path / "metrics.jsonl").open("x", encoding="utf-8", buffering=1)
-            (path / "recipe.toml").write_text(to_toml(recipe), encoding="utf-8")
-            environment = json.dumps(_environment(ranks, hosts), indent=2) + "\n"
-            (path / "environment.json").write_text(environment, encoding="utf-8")
-        except FileExistsError:
-            raise InputError(
-                f"run directory {path} already holds a run (metrics.jsonl): give another --run-dir"
-            ) from None
+            with self._writing:
+                self._pending += json.dumps(row).encode() + b"\n"
+                self._write()
+            self._told = False
         except OSError as error:
-            raise InputError(f"run directory {path} cannot be written: {error.strerror}") from None
-        from tensorboardX import SummaryWriter
+            if not self._told:
+                self._told = True
+                say(
+                    f"{self._path} cannot be written ({error.strerror}): its rows are kept in "
+                    "memory until there is room"
+                )
 
-        self._events = SummaryWriter(str(path), write_to_disk=True)
+    def sync(self) -> None:
+        """To the disk. Raises OSError."""
+        with self._writing:
+            self._write()
+        os.fsync(self._file)
 
-    def step(self, metrics: StepMetrics) -> None:
-        self._write(asdict(metrics))
-        for key in ("loss", "lr", "images_per_s", "trust_min", "trust_max"):
-            self._events.add_scalar(f"train/{key}", getattr(metrics, key), metrics.step)
-
-    def evaluation(self, step: int, epoch: float, result: Evaluation, checksum: str) -> None:
-        """`checksum`: of all weights, equal on all ranks."""
-        self._write({"step": step, "epoch": epoch, **asdict(result), "weights_crc32": checksum})
-        for key, value in asdict(result).items():
-            self._events.add_scalar(f"test/{key}", value, step)
+    def _write(self) -> None:
+        while self._pending:
+            self._pending = self._pending[os.write(self._file, self._pending) :]
 
     def close(self) -> None:
-        self._metrics.close()
-        self._events.close()
-
-    def _write(self, row: Mapping[str, Any]) -> None:
-        self._metrics.write(json.dumps(row) + "\n")
+        os.close(self._file)
 
 
-def default_run_dir(recipe_name: str) -> Path:
-    """runs/<recipe>-<time>, below the folder the user stands in."""
-    return Path("runs") / f"{recipe_name}-{datetime.now():%Y%m%d-%H%M%S-%f}"
+class Events:
+    """Curves for TensorBoard. tensorboardX's own writer has a thread that a full disk ends, after
+    which training would wait for it for ever."""
+
+    def __init__(self, folder: Path) -> None:
+        from tensorboardX.record_writer import RecordWriter
+
+        name = f"events.out.tfevents.{time.time():.0f}.{platform.node()}.{os.getpid()}"
+        self._writer = RecordWriter(os.fspath(folder / name))
+        self._broken = False
+        self._event(file_version="brain.Event:2")
+
+    def add(self, values: Mapping[str, float], step: int) -> None:
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        found = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+        self._event(summary=Summary(value=found), step=step)
+
+    def flush(self) -> None:
+        self._safely(self._writer.flush)
+
+    def close(self) -> None:
+        self._safely(self._writer.close)
+
+    def _event(self, **fields: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        event = Event(wall_time=time.time(), **fields).SerializeToString()
+        self._safely(lambda: self._writer.write(event))
+
+    def _safely(self, action: Callable[[], None]) -> None:
+        """Curves can be drawn anew from metrics.jsonl: they are no reason to stop."""
+        if not self._broken:
+            try:
+                action()
+            except (OSError, ValueError):
+                self._broken = True
 
 
-def _environment(ranks: Ranks, hosts: list[str]) -> dict[str, Any]:
+def environment_of(ranks: Ranks, hosts: list[str]) -> dict[str, Any]:
     """What a reader needs in order to run the same again."""
     versions = {name: version for name in _PACKAGES if (version := version_of(name))}
-    variables = {k: v for k, v in sorted(os.environ.items()) if _VARIABLES.fullmatch(k)}
+    variables = {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if _VARIABLES.fullmatch(name) and not _SECRET.search(name)
+    }
     return {
         "python": platform.python_version(),
         "versions": versions,
@@ -110,3 +147,7 @@ def _environment(ranks: Ranks, hosts: list[str]) -> dict[str, Any]:
         "providers_passed_over": list(ranks.passed_over),
         "variables": variables,
     }
+
+
+def _is_no_number(value: object) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)

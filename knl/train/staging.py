@@ -40,7 +40,7 @@ def stage_on_nodes(
     hosts: list[str],
     dataset: PackedDataset,
     lanes: Lanes,
-    steps: int,
+    steps: range,
     place: Path,
 ) -> Staged:
     """Stage for all ranks; every rank calls it. `hosts`: of each rank. Each node's first rank
@@ -65,7 +65,7 @@ def stage_on_nodes(
 
 
 def _try(
-    dataset: PackedDataset, lanes: Lanes, mine: Iterable[int], steps: int, place: Path
+    dataset: PackedDataset, lanes: Lanes, mine: Iterable[int], steps: range, place: Path
 ) -> tuple[str, str]:
     """The folder of the copy, or why there is none."""
     try:

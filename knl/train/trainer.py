@@ -6,17 +6,15 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
-from statistics import median
 
 import torch
 from torch import nn
 
 from knl.comm.agreement import Named, require_same_weights
 from knl.comm.collectives import Ranks, allreduce_numbers
-from knl.comm.gradient_sync import GradientSync
+from knl.comm.gradient_sync import Arrival, GradientSync
 from knl.config import Recipe
 from knl.data.dataset import Dataset
 from knl.data.hashing import mix
@@ -30,8 +28,11 @@ from knl.train.batchnorm import RunningStatistics
 from knl.train.damage import Damage
 from knl.train.evaluate import Evaluation, evaluate
 from knl.train.forward import forward, to_layout
-from knl.train.metrics import RunDirectory, StepMetrics
-from knl.train.progress import Display
+from knl.train.metrics import StepMetrics
+from knl.train.orders import ORDERS
+
+# What is carried before the running statistics: loss, damaged records, ORDERS.
+_COUNTED = 2 + len(ORDERS)
 
 _MB = 1024 * 1024
 
@@ -41,19 +42,6 @@ def set_interop_threads() -> None:
     if "KNL_INTEROP_THREADS" in os.environ:
         with contextlib.suppress(RuntimeError):  # a second job in one process finds it settled
             torch.set_num_interop_threads(int(os.environ["KNL_INTEROP_THREADS"]))
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a run came to. `images_per_s`: median over steps but the first, which warms up;
-    `damaged`: training records that others had to stand in for."""
-
-    evaluation: Evaluation
-    steps: int
-    epochs: float
-    images_per_s: float
-    weights_crc32: str
-    damaged: int
 
 
 class Trainer:
@@ -75,6 +63,7 @@ class Trainer:
         torch.manual_seed(train.seed)
         model = build_model(recipe.model, dataset.channels, dataset.classes)
         model = to_layout(model, train.layout)
+        self.plain = model
         self.model = torch.compile(model) if train.compile else model
         self.loss = nn.CrossEntropyLoss(label_smoothing=train.label_smoothing)
         self.statistics = RunningStatistics(model, len(self.my_lanes), train.lanes)
@@ -85,14 +74,15 @@ class Trainer:
             bucket_bytes=int(comm.bucket_mb * _MB),
             first_bucket_bytes=int(comm.first_bucket_mb * _MB),
             timeout=self.timeout,
-            carry=len(("loss", "damaged records")),
+            carry=_COUNTED + self.statistics.size,
         )
+        o = recipe.optim
         self.damage = Damage(dataset, ranks, recipe.data.max_damaged, self.timeout)
         batch_bytes = 4 * train.lane_batch * dataset.channels * dataset.pixels**2
         self.loader = Loader(train.layout, batch_bytes, recipe.data.prefetch_mb)
         self._coming: Iterator[Batch] = iter(())
         self._coming_step = 0
-        o = recipe.optim
+        self._damaged = 0  # found in this step, summed over ranks
         self.optimiser = Lars(
             self.named,
             form=o.form,
@@ -101,6 +91,8 @@ class Trainer:
             eta=o.eta,
             skip=o.skip,
         )
+        self.agreed = dict.fromkeys(ORDERS, 0.0)
+        self.skipped = 0
         self.check_weights("at the start")
 
     @property
@@ -112,18 +104,19 @@ class Trainer:
         """Epochs done after so many steps."""
         return step / self.lanes.steps_per_epoch
 
-    def step(self, step: int) -> StepMetrics:
-        """One update over all lanes; `step` counts from 0.
+    def step(self, step: int, orders: Collection[str] = ()) -> StepMetrics:
+        """One update over all lanes; `step` counts from 0. `orders`: which of ORDERS this rank has
+        heard; then `agreed` says for each how many ranks have.
 
         Raises NonFiniteError on every rank, naming step, lane and layer. A loss at fault has not
-        reached the weights; where a gradient is, layers after it may have moved. Raises FailedError
-        on every rank where too many records of the set are damaged.
+        reached the weights; where a gradient is, layers after it may have moved.
         """
         batches = self._batches(step)
         lr = lr_at(self.recipe.schedule, self.epoch_at(step), self.recipe.train.epochs)
         began = time.perf_counter()
         t_data = t_forward = 0.0
         losses: list[float] = []
+        before = self.statistics.copy() if self._skips else torch.zeros(0)
         self.sync.zero()
         for number, lane in enumerate(self.my_lanes):
             asked = time.perf_counter()
@@ -134,16 +127,20 @@ class Trainer:
             t_data += given - asked
             t_forward += time.perf_counter() - given
             if number == len(self.my_lanes) - 1:
-                self.sync.carried[0], self.sync.carried[1] = sum(losses), self.damage.here()
+                self._load(sum(losses), orders)
                 self.sync.arm()
             lane_loss.backward()
         computed = time.perf_counter()
         try:
-            loss, damaged = self._update(lr)
+            loss = self._update(lr)
         except NonFiniteError as error:
             self.sync.finish()  # nothing may be under way when the ranks look for the cause
-            raise self._diagnosis(step, lr, losses, self._layer_at_fault() or str(error)) from None
-        self.damage.check(damaged)
+            if not self._may_leave_out(error):
+                what = self._layer_at_fault() or str(error)
+                raise self._diagnosis(step, lr, losses, what) from None
+            self.statistics.take(before)
+            self.skipped, loss = self.skipped + 1, math.nan
+        self.damage.check(self._damaged)
         report = self.optimiser.report()
         ended = time.perf_counter()
         return StepMetrics(
@@ -191,21 +188,61 @@ class Trainer:
         outputs = forward(self.model, images, self.recipe.train.dtype)
         return self.loss(outputs.float(), labels)
 
-    def _update(self, lr: float) -> tuple[float, int]:
+    def _load(self, loss: float, orders: Collection[str]) -> None:
+        """What travels with the first gradients: loss, counts, running statistics."""
+        carried = self.sync.carried
+        numbers = [loss, self.damage.here(), *(float(order in orders) for order in ORDERS)]
+        carried[:_COUNTED] = torch.tensor(numbers)
+        self.statistics.give(carried[_COUNTED:])
+
+    def _unload(self) -> float:
+        """Take what has come; returns the loss, summed over all lanes."""
+        carried = self.sync.carried
+        loss, damaged, *counts = carried[:_COUNTED].tolist()
+        self._damaged = round(damaged)
+        self.agreed = dict(zip(ORDERS, counts))
+        if self.ranks.world.size > 1:
+            self.statistics.take(carried[_COUNTED:])
+        return loss  # type: ignore[no-any-return]
+
+    def _update(self, lr: float) -> float:
         """Move the weights bucket by bucket, while the sums of later ones are under way. Returns
-        the sums over all ranks: of the loss, and of damaged records. Raises NonFiniteError naming
-        the loss or the gradient at fault; where it is the loss, before any weight has moved."""
-        scale, loss, damaged = 1.0 / self.recipe.train.lanes, float("nan"), 0.0
-        for number, (members, gradients) in enumerate(self.sync.arrivals()):
+        the loss, summed over all lanes. Raises NonFiniteError naming it or the gradient at fault;
+        where it is the loss, before any weight has moved."""
+        scale, loss = 1.0 / self.recipe.train.lanes, float("nan")
+        arrivals = self.sync.arrivals()
+        if self._skips:
+            arrivals = self._if_finite(arrivals)
+        for number, (members, gradients) in enumerate(arrivals):
             if number == 0:
-                loss, damaged = self.sync.carried.tolist()
+                loss = self._unload()
                 if not math.isfinite(loss):
-                    raise NonFiniteError("loss")
+                    raise _NothingMovedError("loss")
             try:
                 self.optimiser.update(members, gradients, lr, scale)
             except NonFiniteError as error:
                 raise NonFiniteError(f"gradient of {error}") from None
-        return loss, round(damaged)
+        return loss
+
+    def _if_finite(self, arrivals: Iterator[Arrival]) -> Iterator[Arrival]:
+        """Hold all buckets back until every gradient is known to be a number. Sums are the same on
+        all ranks, so they agree."""
+        held = list(arrivals)
+        for members, gradients in held:
+            for number, gradient in zip(members, gradients):
+                if gradient is not None and not torch.isfinite(gradient).all():
+                    self._unload()
+                    raise _NothingMovedError(f"gradient of {self.named[number][0]}")
+        return iter(held)
+
+    @property
+    def _skips(self) -> bool:
+        return self.recipe.train.on_nonfinite == "skip"
+
+    def _may_leave_out(self, error: NonFiniteError) -> bool:
+        """Whether the run may go on without this step's update."""
+        within = self.skipped < self.recipe.train.max_skipped
+        return self._skips and within and isinstance(error, _NothingMovedError)
 
     def _layer_at_fault(self) -> str:
         """The first layer whose summed gradient is not finite; "" where all are."""
@@ -216,14 +253,15 @@ class Trainer:
 
     def evaluate(self) -> Evaluation:
         """Accuracy with the running statistics of all lanes."""
-        self.statistics.average(self.ranks, self.timeout)
         return evaluate(
             self.model, self.dataset, self.loader, self.recipe.train, self.ranks, self.timeout
         )
 
     def check_weights(self, when: str) -> str:
-        """The weights' checksum. Raises FailedError naming the tensor where ranks have drifted."""
-        return require_same_weights(self.ranks, self.named, when, self.timeout)
+        """The checksum of the weights. Raises FailedError naming the tensor and the rank where one
+        has drifted, in the weights or in the running statistics."""
+        statistics = [(f"running statistics {n}", b) for n, b in enumerate(self.statistics.buffers)]
+        return require_same_weights(self.ranks, [*self.named, *statistics], when, self.timeout)
 
     def _diagnosis(self, step: int, lr: float, losses: list[float], what: str) -> NonFiniteError:
         """The same error on every rank: which lanes lost their footing, whoever computed them."""
@@ -231,43 +269,30 @@ class Trainer:
         for lane, loss in zip(self.my_lanes, losses):
             flags[lane] = float(not math.isfinite(loss))
         flags = allreduce_numbers(self.ranks.collectives, flags, self.timeout, "diagnosis")
-        lanes = [str(lane) for lane, flag in enumerate(flags) if flag]
-        where = (
-            f"the loss of lane(s) {', '.join(lanes[:8])}" if lanes else "no lane's loss, but sums"
-        )
+        lanes = [lane for lane, flag in enumerate(flags) if flag]
+        epoch, step_in_epoch = divmod(step, self.lanes.steps_per_epoch)
+        samples = {n: self.lanes.batch(epoch, step_in_epoch, n).tolist() for n in lanes}
+        where = "no lane's loss, but sums"
+        if lanes:
+            listed = ", ".join(str(lane) for lane in lanes[:8]) + (" ..." if lanes[8:] else "")
+            first = ", ".join(str(sample) for sample in samples[lanes[0]][:8])
+            where = f"the loss of lane(s) {listed} (lane {lanes[0]} saw samples {first} ...)"
+        left_out = f", after {self.skipped} steps left out" if self.skipped else ""
+        report = self.optimiser.report()
         return NonFiniteError(
-            f"step {step + 1}: {what} is not finite, from {where}; lr was {lr:g}: "
+            f"step {step + 1}: {what} is not finite, from {where}{left_out}; lr was {lr:g}: "
+            f"trust ratios were {report.trust_min:.3g} to {report.trust_max:.3g}; "
             "lower schedule.lr, lengthen schedule.warmup_epochs, or check these samples",
             shared=True,
+            detail={
+                "step": step + 1,
+                "what": what,
+                "lr": lr,
+                "samples_of_lanes": {str(lane): found for lane, found in samples.items()},
+                "trust": dict(zip(self.optimiser.names, self.optimiser.trust.tolist())),
+            },
         )
 
 
-def train(trainer: Trainer, run: RunDirectory | None, display: Display | None) -> Outcome:
-    """All steps of the recipe, with evaluations. `run`, `display`: on rank 0 alone."""
-    speeds: list[float] = []
-    evaluation, checksum = None, ""
-    total, every = trainer.total_steps, trainer.recipe.train.eval_every
-    for step in range(total):
-        metrics = trainer.step(step)
-        speeds.append(metrics.images_per_s)
-        if run:
-            run.step(metrics)
-        if display:
-            display.step(metrics)
-        whole_epochs, rest = divmod(step + 1, trainer.lanes.steps_per_epoch)
-        if step + 1 == total or (every and rest == 0 and whole_epochs % every == 0):
-            checksum = trainer.check_weights(f"after step {step + 1}")
-            evaluation = trainer.evaluate()
-            if run:
-                run.evaluation(step + 1, metrics.epoch, evaluation, checksum)
-            if display:
-                display.evaluation(metrics.epoch, evaluation)
-    assert evaluation is not None  # the last step evaluates
-    return Outcome(
-        evaluation=evaluation,
-        steps=total,
-        epochs=trainer.epoch_at(total),
-        images_per_s=median(speeds[1:] or speeds),
-        weights_crc32=checksum,
-        damaged=trainer.damage.total,
-    )
+class _NothingMovedError(NonFiniteError):
+    """Found before any weight has moved."""

@@ -42,10 +42,11 @@ def test_needed_is_what_the_lanes_read_step_by_step(data):
     samples, chunk = data.draw(st.integers(40, 300)), data.draw(st.integers(1, 9))
     lanes = Lanes(samples, data.draw(st.integers(1, 4)), 5, 7, chunk)
     mine = data.draw(st.sets(st.integers(0, lanes.lanes - 1), min_size=1))
-    steps = data.draw(st.integers(1, 3 * lanes.steps_per_epoch))
+    end = data.draw(st.integers(1, 3 * lanes.steps_per_epoch))
+    steps = range(data.draw(st.integers(0, end)), end)
     read = {
         int(sample)
-        for step in range(steps)
+        for step in steps
         for lane in mine
         for sample in lanes.batch(*divmod(step, lanes.steps_per_epoch), lane)
     }

@@ -39,6 +39,10 @@ def test_a_number_is_carried_along_with_the_first_bucket(ranks):
     ranks.require("carried_number")
 
 
+def test_several_are_and_the_layout_of_buckets_can_be_restored(ranks):
+    ranks.require("carried_numbers")
+
+
 def test_every_rank_starts_with_rank_0_s_weights(ranks):
     ranks.require("weights_of_rank_0")
 

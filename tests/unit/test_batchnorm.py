@@ -13,8 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from knl.comm.collectives import Alone, Ranks
-from knl.comm.world import SINGLE, World
 from knl.data.lanes import lanes_of
 from knl.train.batchnorm import RunningStatistics
 
@@ -108,7 +106,9 @@ def test_all_lanes_of_a_step_count_alike(lanes, steps, momentum):
     for step in range(steps):
         train_step(model, statistics, step, range(lanes))
     assert_close(model, expected)
-    statistics.average(Ranks(SINGLE, Alone()), 1.0)
+    together = torch.empty(statistics.size)
+    statistics.give(together)
+    statistics.take(together)
     assert_close(model, expected)
 
 
@@ -116,19 +116,20 @@ def test_all_lanes_of_a_step_count_alike(lanes, steps, momentum):
 @given(st.integers(2, 7), st.data(), st.floats(0.01, 1.0))
 def test_any_number_of_ranks_comes_to_the_same_statistics(lanes, data, momentum):
     size = data.draw(st.integers(2, min(lanes, 4)))
-    averaged = [*data.draw(st.lists(st.booleans(), min_size=1, max_size=3)), True]
+    steps = data.draw(st.integers(1, 3))
     model = network(momentum)
-    expected = reference(model, momentum, lanes, len(averaged))
+    expected = reference(model, momentum, lanes, steps)
     collectives = Threads(size)
 
     def rank_of(rank):
         copied, mine = copy.deepcopy(model), lanes_of(rank, size, lanes)
         statistics = RunningStatistics(copied, len(mine), lanes)
-        ranks = Ranks(World(rank, size, rank, size, "mpi"), collectives)
-        for step, now in enumerate(averaged):
+        for step in range(steps):
             train_step(copied, statistics, step, mine)
-            if now:
-                statistics.average(ranks, 60.0)
+            carried = torch.empty(statistics.size)
+            statistics.give(carried)
+            collectives.allreduce(carried).wait(60.0)
+            statistics.take(carried)
         return copied
 
     with ThreadPoolExecutor(size) as pool:
@@ -139,9 +140,22 @@ def test_any_number_of_ranks_comes_to_the_same_statistics(lanes, data, momentum)
             np.testing.assert_array_equal(ours, first)
 
 
-def test_a_network_without_statistics_has_nothing_to_average():
+def test_statistics_of_a_step_that_is_left_out_are_put_back():
+    model = network(0.1)
+    before = [array.copy() for array in found(model)]
+    statistics = RunningStatistics(model, 2, 2)
+    kept = statistics.copy()
+    train_step(model, statistics, 0, range(2))
+    statistics.take(kept)
+    for ours, old in zip(found(model), before):
+        np.testing.assert_array_equal(ours, old)
+
+
+def test_a_network_without_statistics_has_nothing_to_give():
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2, track_running_stats=False))
     statistics = RunningStatistics(model, 1, 2)
     statistics.begin_lane(0)
-    statistics.average(Ranks(World(0, 2, 0, 2, "mpi"), Threads(2)), 1.0)
+    assert statistics.size == 0
+    statistics.give(torch.empty(0))
+    statistics.take(statistics.copy())
     assert statistics.norms == []

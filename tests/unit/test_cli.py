@@ -79,7 +79,7 @@ def test_wrong_usage_ends_with_status_2_and_no_traceback(arguments):
     assert "Traceback" not in done.stderr
 
 
-def test_a_run_leaves_its_recipe_environment_and_metrics_and_is_never_overwritten(tmp_path):
+def test_a_run_leaves_its_recipe_environment_and_metrics_and_says_its_result_again(tmp_path):
     folder = tmp_path / "a run"
     arguments = ["train", "digits", *QUICK, "--run-dir", str(folder), "--json"]
     done = knl(*arguments, KNL_PASSWORD_LIKE="x", MY_SECRET="y")
@@ -94,9 +94,12 @@ def test_a_run_leaves_its_recipe_environment_and_metrics_and_is_never_overwritte
     assert "MY_SECRET" not in environment["variables"]
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 5]
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert_refused(knl(*arguments), 2, str(folder), "already holds a run")
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    again = json.loads(knl(*arguments).stdout)
+    assert {**again, "wall_s": 0, "images_per_s": 0} == {**result, "wall_s": 0, "images_per_s": 0}
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    other = knl(*arguments, "--set", "train.seed=2")
+    assert_refused(other, 2, str(folder), "holds a run of another recipe: train.seed was 0, is 2")
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
 
 
 def test_run_directories_get_the_umask_and_no_more(tmp_path):
