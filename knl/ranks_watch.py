@@ -123,7 +123,10 @@ class RanksWatch:
     def _status(self, status: int, early: bool) -> int:
         if not early:
             return status
-        say("stopped before training began: nothing is lost, start it again")
+        say(
+            "ended by the signal before the ranks listened to it: start the same command again, it "
+            "goes on from its newest checkpoint"
+        )
         return _EARLY
 
     def _find(self) -> None:

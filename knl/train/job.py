@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -65,6 +66,9 @@ def run_job(world: World, bootstrap: Bootstrap, request: Request) -> dict[str, A
     try:
         result = job.run()
     except CollectiveTimeoutError as error:
+        signals.leave()
+        if world.launcher == "torchrun" and "SIGTERM" in signals.heard:
+            signal.raise_signal(signal.SIGTERM)  # it ends the ranks when one has said why
         raise CollectiveTimeoutError(
             f"{bootstrap.roll_call.tell(str(error))}: look there, then start the job again from "
             "its last checkpoint (comm.timeout_s sets the limit)"

@@ -37,6 +37,11 @@ class Signals:
         for name in SIGNALS:
             signal.signal(getattr(signal, name), self._hear)
 
+    def leave(self) -> None:
+        """Die of signals again, as whoever cannot stop in order any more should."""
+        for name in SIGNALS:
+            signal.signal(getattr(signal, name), signal.SIG_DFL)
+
     def _hear(self, number: int, _: Any) -> None:
         name = signal.Signals(number).name
         if name == "SIGINT" and name in self.heard:

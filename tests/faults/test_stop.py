@@ -92,7 +92,7 @@ def test_a_signal_before_training_begins_loses_nothing(tmp_path):
         done = job.finish(60.0)
     assert done.returncode == 75, done.stderr
     (line,) = knl_lines(done.stderr)
-    assert "stopped before training began: nothing is lost" in line or "stopped after step" in line
+    assert "ended by the signal before the ranks listened" in line or "stopped after step" in line
 
 
 def test_the_file_stop_ends_a_run_until_it_is_removed(tmp_path):
