@@ -13,7 +13,7 @@ from knl import cli_data
 from knl.data.pack import plan as planning
 from knl.data.pack.shards import PARTS, read_note, write_shard
 from knl.data.pack.sources import Reader
-from knl.data.synth import make_jpeg
+from knl.data.synth import make_jpeg, synthesise
 from knl.errors import FailedError, InputError
 
 from ..mpi.launch import knl, run
@@ -197,3 +197,21 @@ def test_info_says_what_a_set_holds(sets, tmp_path):
     done = run(knl("data", "info", str(sets / "raw"), "--png", str(tmp_path / "no/x.png")))
     assert done.returncode == 2
     assert one_line(done) == f"knl: --png {tmp_path}/no/x.png: No such file or directory"
+
+
+def test_a_folder_inside_what_is_packed_is_refused_and_not_made(tmp_path):
+    synthesise(tmp_path / "tree", 40, 4)
+    for folder in (tmp_path / "tree" / "packed", tmp_path / "tree"):
+        done = run(knl("data", "pack", str(tmp_path / "tree"), str(folder)))
+        assert done.returncode == 2 and "choose a folder outside" in done.stderr
+    assert not (tmp_path / "tree" / "packed").exists()
+    missing = run(knl("data", "pack", str(tmp_path / "no"), str(tmp_path / "out")))
+    assert missing.returncode == 2 and "not a folder" in missing.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tree_without_its_training_half_is_refused(tmp_path):
+    synthesise(tmp_path / "tree", 40, 4)
+    shutil.rmtree(tmp_path / "tree" / "train")
+    done = run(knl("data", "pack", str(tmp_path / "tree"), str(tmp_path / "out")))
+    assert done.returncode == 2 and "val but no train" in done.stderr

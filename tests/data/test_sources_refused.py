@@ -36,10 +36,6 @@ def table(path, **columns):
     pq.write_table(pa.table(columns), path)
 
 
-def test_what_is_no_folder(tmp_path):
-    assert refusal(tmp_path / "no") == f"{tmp_path}/no: not a folder"
-
-
 @pytest.mark.parametrize("folders", [[], ["apple", "pear"], ["train/apple", "val/apple"]])
 def test_a_source_without_pictures(tmp_path, folders):
     for folder in folders:

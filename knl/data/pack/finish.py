@@ -65,6 +65,7 @@ def finish(folder: Path, max_rejected: int) -> Meta:
     draw_sheet(folder, meta, folder / SHEET)
     for left in folder.glob(f".*.{'[0-9a-f]' * 32}"):  # by one that was killed here
         left.unlink(missing_ok=True)
+    meta = msgspec.structs.replace(meta, crc32=meta.checksum())
     with replace_file(folder / META) as file:
         file.write(msgspec.json.format(msgspec.json.encode(meta), indent=1) + b"\n")
     shutil.rmtree(folder / PARTS)

@@ -47,8 +47,12 @@ class Plan(msgspec.Struct, frozen=True):
 def make_plan(source: Path, folder: Path, form: Form) -> Plan:
     """The plan of a set: the one that is there, or a new one from a listing of the source.
 
-    Raises InputError where the folder was begun with another source or form.
+    Raises InputError where the folder was begun with another source or form, or is in its source.
     """
+    if not source.is_dir():
+        raise InputError(f"{source}: not a folder")
+    if source.resolve() in [folder.resolve(), *folder.resolve().parents]:
+        raise InputError(f"{folder} is in {source}, what is packed: choose a folder outside")
     path = folder / PARTS / _FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     with _alone(folder / PARTS / _LOCK):

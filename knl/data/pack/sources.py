@@ -70,8 +70,6 @@ class Listing:
 
 def list_source(source: Path) -> Listing:
     """What is in a folder. Raises InputError where it is nothing that can be packed."""
-    if not source.is_dir():
-        raise InputError(f"{source}: not a folder")
     kind, items, classes = _list(source)
     if not items:
         raise InputError(f"{source}: no picture found in it")
@@ -108,8 +106,11 @@ def _list(source: Path) -> tuple[Kind, list[Item], list[str]]:
 
 def _list_folders(source: Path) -> tuple[list[Item], list[str]]:
     """SRC/train/CLASS/picture and SRC/val/CLASS/picture, or SRC/CLASS/picture to train on."""
-    places = {_SPLITS[folder.name]: folder for folder in _folders(source) if folder.name in _SPLITS}
+    inner = _folders(source)
+    places = {_SPLITS[folder.name]: folder for folder in inner if folder.name in _SPLITS}
     if "train" not in places:
+        if inner and all(folder.name in _SPLITS for folder in inner):
+            raise InputError(f"{source} has {inner[0].name} but no train: give the folder of both")
         places = {"train": source}
     if "val" in places:
         places.pop("test", None)
