@@ -77,7 +77,7 @@ def one_stop(folder: Path, fault: str) -> Stop:
     options = ("-n", "2", "--profile", "none", "--set", f"comm.timeout_s={LIMIT_S}",
                "--set", "train.checkpoint_minutes=0.02", "--run-dir", str(folder))  # fmt: skip
     with started(knl("train", "digits", *ENDLESS, *options), OMP_NUM_THREADS="1") as job:
-        until(lambda: steps(folder) >= 60, job)
+        until(lambda: steps(folder) >= 60 and listed(folder / "checkpoints"), job)
         action(job, folder)
         began = time.monotonic()
         done = job.finish(PATIENCE_S)
