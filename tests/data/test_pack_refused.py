@@ -121,7 +121,7 @@ def refusal(*arguments):
     ("arguments", "words"),
     [
         (["{made}", "{made}/train/pear/0001.JPEG"], "a file, must be a folder to pack into"),
-        (["{made}", "{made}/train/pear/0001.JPEG/x"], "Not a directory"),
+        (["{made}", "{made}/../jpeg/meta.json/x"], "Not a directory"),
         (["{made}/none", "{tmp}/set"], "/none: not a folder"),
         (["{made}", "{tmp}/set", "--part", "4/3"], "--part 4/3: must be I/N"),
         (["{made}", "{tmp}/set", "--part", "x"], "--part x: must be I/N"),
