@@ -3,6 +3,8 @@
 // A loader thread makes one picture at a time, so nothing here is parallel. Pixels are interleaved,
 // red, green, blue.
 
+#include <xmmintrin.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -88,38 +90,35 @@ inline Pixel load(const float* from) {
     return pixel;
 }
 
-// One pixel of kRows output rows; `bytes` of it are written, as whole ones are the quickest.
-template <size_t bytes>
-KNL_INLINE void mix_pixel(const float* from, int64_t stride, const float* weights, int64_t taps,
-                          Pixel scale, Pixel shift, float* out, int64_t out_stride) {
-    Pixel sums[kRows] = {};
-    for (int64_t k = 0; k < taps; ++k)
-        for (int64_t r = 0; r < kRows; ++r)
-            sums[r] += weights[k] * load(from + r * stride + k * kColours);
-    for (int64_t r = 0; r < kRows; ++r) {
-        const Pixel pixel = sums[r] * scale + shift;
-        std::memcpy(out + r * out_stride, &pixel, bytes);
-    }
-}
-
-// kRows output rows from as many mixed ones, which lie `stride` apart and whose first pixel is the
-// picture's column `left`.
+// kRows output rows, `made_stride` apart, from as many mixed ones, which lie `stride` apart and
+// whose first pixel is the picture's column `left`. Each pixel is written with a fourth number, over
+// which the next one is.
 KNL_MULTIVERSION
 void mix_columns(const float* rows, int64_t stride, int64_t left, const Taps& taps, bool flip,
-                 Pixel scale, Pixel shift, float* out) {
+                 Pixel scale, Pixel shift, float* made, int64_t made_stride) {
     const int64_t size = taps.first.size(), step = flip ? -1 : 1;
     int64_t x = flip ? size - 1 : 0;
     for (int64_t i = 0; i < size; ++i, x += step) {
         const float* weights = &taps.weights[x * taps.most];
         const float* from = rows + (taps.first[x] - left) * kColours;
-        // The fourth number is overwritten by the next pixel, but for the row's last.
-        if (i + 1 < size)
-            mix_pixel<sizeof(Pixel)>(from, stride, weights, taps.count[x], scale, shift,
-                                     out + i * kColours, size * kColours);
-        else
-            mix_pixel<kColours * sizeof(float)>(from, stride, weights, taps.count[x], scale, shift,
-                                                out + i * kColours, size * kColours);
+        Pixel sums[kRows] = {};
+        for (int64_t k = 0; k < taps.count[x]; ++k)
+            for (int64_t r = 0; r < kRows; ++r)
+                sums[r] += weights[k] * load(from + r * stride + k * kColours);
+        for (int64_t r = 0; r < kRows; ++r) {
+            const Pixel pixel = sums[r] * scale + shift;
+            std::memcpy(made + r * made_stride + i * kColours, &pixel, sizeof pixel);
+        }
     }
+}
+
+// Past the caches where it can be: another thread reads it much later, and a line that is written
+// through them is read from memory first.
+void put_row(const float* row, int64_t count, float* out) {
+    int64_t c = 0;
+    if (reinterpret_cast<uintptr_t>(out) % (4 * sizeof(float)) == 0)
+        for (; c + 4 <= count; c += 4) _mm_stream_ps(out + c, _mm_loadu_ps(row + c));
+    std::memcpy(out + c, row + c, (count - c) * sizeof(float));
 }
 
 }  // namespace
@@ -133,12 +132,16 @@ KNL_API void knl_picture_resize(const uint8_t* picture, int64_t rows, int64_t co
     const Taps across = taps_of(box[0], box[2], columns, size);
     const Taps down = taps_of(box[1], box[3], rows, size);
     const int64_t left = across.first[0];
-    const int64_t width = (across.first[size - 1] + across.count[size - 1] - left) * kColours;
+    int64_t right = left;
+    for (int64_t i = 0; i < size; ++i) right = std::max(right, across.first[i] + across.count[i]);
+    const int64_t width = (right - left) * kColours, made_width = size * kColours;
     const Pixel scales = {scale[0], scale[1], scale[2], 0.0f};
     const Pixel shifts = {shift[0], shift[1], shift[2], 0.0f};
-    const int64_t stride = width + 1;  // a pixel is loaded with a fourth number
-    thread_local std::vector<float> mixed;
+    // A pixel is loaded and written with a fourth number.
+    const int64_t stride = width + 1, made_stride = made_width + 1;
+    thread_local std::vector<float> mixed, made;
     mixed.assign(kRows * stride, 0.0f);
+    made.assign(kRows * made_stride, 0.0f);
     for (int64_t begin = 0; begin < size; begin += kRows) {
         // The last rows are made again where kRows does not divide the size.
         const int64_t y = std::max<int64_t>(0, std::min(begin, size - kRows));
@@ -146,9 +149,12 @@ KNL_API void knl_picture_resize(const uint8_t* picture, int64_t rows, int64_t co
             mix_rows(picture + (down.first[y + r] * columns + left) * kColours, columns * kColours,
                      &down.weights[(y + r) * down.most], down.count[y + r], width,
                      mixed.data() + r * stride);
-        mix_columns(mixed.data(), stride, left, across, flip != 0, scales, shifts,
-                    out + y * size * kColours);
+        mix_columns(mixed.data(), stride, left, across, flip != 0, scales, shifts, made.data(),
+                    made_stride);
+        for (int64_t r = 0; r < kRows; ++r)
+            put_row(made.data() + r * made_stride, made_width, out + (y + r) * made_width);
     }
+    _mm_sfence();
 }
 
 // pixels [count, 3]: each becomes matrix [3, 3] times it, plus shift [3].
