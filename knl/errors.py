@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import Any
 
 
 def say(text: str) -> None:
-    """A line for the user beside the result: on stderr, and known as knl's."""
-    print(f"knl: {text}", file=sys.stderr, flush=True)
+    """A line for the user beside the result: on stderr, and known as knl's. A full disk under a log
+    is no reason to stop."""
+    with contextlib.suppress(OSError):
+        print(f"knl: {text}", file=sys.stderr, flush=True)
 
 
 class KnlError(Exception):

@@ -91,8 +91,11 @@ class RanksWatch:
         is stopped, without which the others do not come to the step after which all stop. Else
         ""."""
         orders, self.orders = self.orders, []
-        if orders and not self.pids:
-            self.orders = [*orders, *self.orders]  # the ranks have not been started yet
+        if orders and not self.pids:  # the ranks have not been started yet
+            for name in ("SIGINT", "SIGTERM"):
+                if orders.count(signal.Signals[name]) > 1:
+                    return f"{name} came a second time"
+            self.orders = [*orders, *self.orders]
             return ""
         for number in orders:
             if number in self.heard and number in (signal.SIGINT, signal.SIGTERM):

@@ -27,7 +27,7 @@ class Dataset(Protocol):
         """The samples with these numbers, as augmented in this epoch."""
 
     def test_batch(self, samples: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Samples that are never trained on."""
+        """Samples that are never trained on; without those that are damaged."""
 
     def place_of(self, sample: int) -> str:
         """Where a training sample is stored."""

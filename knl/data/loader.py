@@ -25,8 +25,8 @@ _MB = 1024 * 1024
 
 
 class Loader:
-    """Makes batches in the layout of the model, in order, up to `ahead_mb` MiB of them ahead: at
-    least one. `batch_bytes`: of one batch's images."""
+    """Makes batches in the layout of the model, in order: up to `ahead_mb` MiB of them and at
+    least one, beside the batch that is in use. `batch_bytes`: of one batch's images."""
 
     def __init__(self, layout: str, batch_bytes: int, ahead_mb: float) -> None:
         cpus = loader_cpus()
@@ -43,15 +43,20 @@ class Loader:
         coming = iter(makers)
         under_way: deque[Future[Batch]] = deque()
         try:
-            while True:
-                for maker in islice(coming, self._ahead - len(under_way)):
-                    under_way.append(self._threads.submit(self._make, maker))
-                if not under_way:
-                    return
-                yield under_way.popleft().result()
+            self._fill(under_way, coming)
+            while under_way:
+                batch = under_way.popleft().result()
+                self._fill(under_way, coming)  # before the step that this batch is for
+                yield batch
         finally:
             for future in under_way:
                 future.cancel()
+
+    def _fill(
+        self, under_way: deque[Future[Batch]], coming: Iterator[Callable[[], Arrays]]
+    ) -> None:
+        for maker in islice(coming, self._ahead - len(under_way)):
+            under_way.append(self._threads.submit(self._make, maker))
 
     def close(self) -> None:
         """Let the threads end; batches that are not begun are dropped."""

@@ -21,6 +21,7 @@ from knl.data.views import TrainViews, View, centre_crop
 from knl.errors import FailedError, InputError, say
 
 TRAIN, TEST = "train", "val"
+_REPLACED, _LEFT_OUT = "another of its batch takes its place", "it is left out of the test"
 # The view of record number i of a batch, when the picture is of height x width.
 _Views = Callable[[int, int, int], View]
 
@@ -55,10 +56,6 @@ class PackedDataset:
         self._lock = threading.Lock()
         self._memory = _Memory()
 
-    def read_from(self, folder: Path) -> None:
-        """Read training records from a copy that `knl.data.stage` made."""
-        self.train.move(folder)
-
     def place_of(self, sample: int) -> str:
         """Where a training sample is, for a reader."""
         return self.train.place(sample)
@@ -71,12 +68,13 @@ class PackedDataset:
         def centre(_: int, height: int, width: int) -> View:
             return View(height, width, centre_crop(height, width, self._data))
 
-        return self._batch(self.test, samples, centre)
+        return self._batch(self.test, samples, centre, replace=False)
 
     def _batch(
-        self, records: Records, numbers: NDArray[Any], views: _Views
+        self, records: Records, numbers: NDArray[Any], views: _Views, *, replace: bool = True
     ) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Images as a view [n, 3, pixels, pixels] of memory in which colours lie together."""
+        """Images as a view [n, 3, pixels, pixels] of memory in which colours lie together. Damaged
+        ones are replaced or left out."""
         images = self._memory.take((len(numbers), self.pixels, self.pixels, 3))
         read = records.read(numbers)
         faults = [self._show(r, i, views, images[i]) for i, r in enumerate(read)]
@@ -85,7 +83,9 @@ class PackedDataset:
         for i, fault in enumerate(faults):
             if not fault:
                 continue
-            self._note(records, int(numbers[i]), fault)
+            self._note(records, int(numbers[i]), fault, replace)
+            if not replace:
+                continue
             if not good:
                 raise FailedError(
                     f"{records.place(int(numbers[i]))}: {fault}, and no other record of its batch "
@@ -94,6 +94,8 @@ class PackedDataset:
             stand_in = good[int(np.searchsorted(good, i)) % len(good)]  # the next in the batch
             labels[i] = read[stand_in].label
             self._show(read[stand_in], i, views, images[i])
+        if not replace and len(good) < len(read):
+            images, labels = images[good], labels[good]
         return images.transpose(0, 3, 1, 2), labels
 
     def _show(self, record: Record, index: int, views: _Views, out: NDArray[Any]) -> str:
@@ -114,7 +116,7 @@ class PackedDataset:
             return f"does not decode: {error}"
         return ""
 
-    def _note(self, records: Records, number: int, fault: str) -> None:
+    def _note(self, records: Records, number: int, fault: str, replaced: bool) -> None:
         place = records.place(number)
         with self._lock:
             if place in self._told:
@@ -122,7 +124,7 @@ class PackedDataset:
             self._told.add(place)
             if records is self.train:
                 self.damaged[number] = fault
-        say(f"{place}: {fault}; another of its batch takes its place")
+        say(f"{place}: {fault}; " + (_REPLACED if replaced else _LEFT_OUT))
 
 
 class _Memory:

@@ -151,11 +151,20 @@ class Records:
         return f"{self.folder / self.split.shards[shard].file} record {number - first}"
 
     def move(self, folder: Path) -> None:
-        """Read from copies of the shards, which are all opened now and may lose their names."""
-        self.close()
-        self.folder = folder
-        for number in range(len(self.split.shards)):
-            self._file(number)
+        """Read from copies of the shards, which are all opened now and may lose their names. Raises
+        OSError, and goes on as before, where one cannot be opened."""
+        copies: dict[int, int] = {}
+        try:
+            for number, shard in enumerate(self.split.shards):
+                copies[number] = os.open(folder / shard.file, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            for file in copies.values():
+                os.close(file)
+            raise
+        with self._lock:
+            before, self._files = self._files, copies
+        for file in before.values():
+            os.close(file)
 
     def close(self) -> None:
         for file in self._files.values():
@@ -168,6 +177,10 @@ class Records:
         try:
             data, why = memoryview(self._read(int(rows["shard"][0]), begin, end - begin)), ""
         except OSError as error:
+            if len(rows) > 1:  # one bad sector is not the fault of its neighbours
+                for number in range(len(rows)):
+                    yield from self._run(rows[number : number + 1])
+                return
             data, why = memoryview(b""), error.strerror or "cannot be read"
         for _, start, length, label, crc32 in rows.tolist():
             part = data[start - begin : start - begin + length]

@@ -53,8 +53,8 @@ def show(picture: NDArray[Any], view: View, out: NDArray[Any]) -> None:
     """Fill `out`, float32 [size, size, 3], with the view of a picture, uint8 [height, width, 3]
     (which may have been decoded smaller), of zero mean and unit spread over ImageNet."""
     rows, columns = picture.shape[:2]
-    # Exactly 1, 2, 4 or 8: a picture whose side that does not divide has a part of a pixel more.
-    scale = round(view.height / rows)
+    # A picture whose side the scale does not divide has a part of a pixel more.
+    scale = next(s for s in (1, *reversed(_SCALES)) if -(-view.height // s) == rows)
     box = (ctypes.c_double * 4)(*(value / scale for value in view.box))
     colours = view.colours
     factor, shift = _PLAIN if colours is None else _AS_IT_IS

@@ -6,12 +6,15 @@ those of records that are needed, so they are read like the shards themselves.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +25,7 @@ from knl.data.packed_set import Records, runs_of
 _BLOCK = 1 << 22
 # Of the free space: what others may write meanwhile, and the file system's own.
 _SPARE = 0.05
+_PREFIX, _LOCK = "knl-stage-", "lock"
 
 
 class NotStaged(Exception):
@@ -41,16 +45,32 @@ def needed_records(lanes: Lanes, mine: Iterable[int], steps: range) -> NDArray[A
     return np.flatnonzero(needed)
 
 
-def stage(records: Records, needed: NDArray[Any], place: Path) -> Path:
+@dataclass(frozen=True)
+class Copy:
+    """A folder with copies. `lock`: tells others on the node that it is in use."""
+
+    folder: Path
+    lock: IO[bytes]
+
+    def remove(self) -> None:
+        """What has it open reads on."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.lock.close()
+
+
+def stage(records: Records, needed: NDArray[Any], place: Path) -> Copy:
     """Copy the needed records into a new folder below `place`. Raises NotStaged, leaving nothing,
     where there is no room or the copy fails."""
     rows = records.index[needed]
     size = int(rows["length"].sum())
     try:
+        _remove_orphans(place)
         free = shutil.disk_usage(place).free
         if size > free * (1 - _SPARE):
             raise NotStaged(f"{size / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free in {place}")
-        folder = Path(tempfile.mkdtemp(prefix="knl-stage-", dir=place))
+        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place))
+        copy = Copy(folder, (folder / _LOCK).open("wb"))
+        fcntl.flock(copy.lock, fcntl.LOCK_EX)
     except OSError as error:
         raise NotStaged(f"{place}: {error.strerror}") from None
     try:
@@ -58,9 +78,17 @@ def stage(records: Records, needed: NDArray[Any], place: Path) -> Path:
             mine = rows[rows["shard"] == number]
             _copy(records.folder / shard.file, folder / shard.file, shard.bytes, _spans(mine))
     except OSError as error:
-        shutil.rmtree(folder, ignore_errors=True)
+        copy.remove()
         raise NotStaged(f"{error.filename or folder}: {error.strerror}") from None
-    return folder
+    return copy
+
+
+def _remove_orphans(place: Path) -> None:
+    """Copies of jobs that were killed while they copied: nobody holds their locks."""
+    for folder in place.glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError), (folder / _LOCK).open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _spans(rows: NDArray[Any]) -> Iterator[tuple[int, int]]:

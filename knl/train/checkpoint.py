@@ -30,7 +30,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from knl.errors import DamagedError
+from knl.errors import DamagedError, FailedError
 from knl.files import sync_folder
 
 SCHEMA = 1
@@ -139,18 +139,19 @@ def write(folder: Path, checkpoint: Checkpoint) -> Path:
 
 
 def read(path: Path) -> Checkpoint:
-    """Raises DamagedError naming the file and what is wrong with it; never anything else."""
+    """Raises DamagedError naming the file and what is wrong with it, FailedError where it cannot be
+    read now or is another version's; never anything else."""
     try:
         raw = bytearray(path.read_bytes())
     except OSError as error:
-        raise DamagedError(f"checkpoint {path} cannot be read: {error.strerror}") from None
+        raise FailedError(f"checkpoint {path} cannot be read: {error.strerror}") from None
     if problem := _problem(raw):
         raise DamagedError(f"checkpoint {path} is damaged: {problem}")
     try:
         return _parse(raw)
     except (msgspec.MsgspecError, ValueError, KeyError, TypeError, AttributeError) as error:
         # Whole, but not as this version writes it.
-        raise DamagedError(
+        raise FailedError(
             f"checkpoint {path} is none that this version of knl reads: {error}"
         ) from None
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from knl.comm.collectives import Ranks, allreduce_numbers
 from knl.data.dataset import Dataset
-from knl.errors import FailedError
 
 
 class Damage:
-    """Counts what the ranks' datasets had to replace. A record that several ranks came across, in
-    different epochs, is one."""
+    """Counts what the ranks' datasets had to replace since this start. A record that several ranks
+    came across, in different epochs, is one."""
 
     def __init__(self, dataset: Dataset, ranks: Ranks, limit: int, timeout: float) -> None:
         self._dataset, self._ranks = dataset, ranks
@@ -24,24 +23,26 @@ class Damage:
         """How many this rank has found beside those that all know; to be summed over ranks."""
         return len(set(self._dataset.damaged) - self._known)
 
-    def check(self, sum_here: int) -> None:
-        """Raise FailedError on every rank where there are more than the limit. `sum_here`: the sum
-        of `here`, the same on all ranks."""
+    def learn(self, sum_here: int) -> None:
+        """Let all ranks know what any has found. `sum_here`: the sum of `here`, the same on all
+        ranks."""
         if not sum_here:
             return
-        self._known |= self._exchange()
-        if self.total > self._limit:
-            place = self._dataset.place_of(min(self._known))
-            raise FailedError(
-                f"{self.total} records are damaged, more than data.max_damaged = {self._limit}, "
-                f"the first of them {place}: knl data verify names them all; pack or copy the "
-                "shard again, or raise data.max_damaged",
-                shared=True,
-            )
+        self._known |= self._exchange(min(self._limit + 1, sum_here))
 
-    def _exchange(self) -> set[int]:
-        """The records that any rank has found; of each rank as many as may matter."""
-        room = self._limit + 1
+    @property
+    def problem(self) -> str:
+        """Why the run cannot go on, the same on every rank; "" while it can."""
+        if self.total <= self._limit:
+            return ""
+        return (
+            f"{self.total} records are damaged, more than data.max_damaged = {self._limit}, the "
+            f"first of them {self._dataset.place_of(min(self._known))}: knl data verify names them "
+            "all; pack or copy the shard again, or raise data.max_damaged"
+        )
+
+    def _exchange(self, room: int) -> set[int]:
+        """The records that any rank has found; of each rank up to `room`."""
         slots = [0.0] * (room * self._ranks.world.size)
         for place, record in enumerate(sorted(set(self._dataset.damaged) - self._known)[:room]):
             slots[self._ranks.world.rank * room + place] = record + 1.0

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
+import psutil
 import torch
 from rich.console import Console
 
@@ -27,7 +28,7 @@ from knl.train.checkpoint import Checkpoint, State
 from knl.train.loop import Keeper, Outcome, Progress, Run
 from knl.train.metrics import environment_of
 from knl.train.orders import Deadlines, Signals, deadlines
-from knl.train.progress import Display, open_console
+from knl.train.progress import Display, open_console, tell
 from knl.train.run_dir import ANEW, RunDirectory, default_run_dir
 from knl.train.saver import Saver
 from knl.train.staging import Staged, stage_on_nodes
@@ -56,7 +57,8 @@ def run_job(world: World, bootstrap: Bootstrap, request: Request) -> dict[str, A
 
     Raises KnlError; one marked `shared` is raised by every rank.
     """
-    began = time.monotonic()
+    # From the start of the process on: imports and MPI take minutes on hundreds of nodes.
+    began = time.monotonic() - max(0.0, time.time() - psutil.Process().create_time())
     signals = Signals()
     signals.listen()
     set_interop_threads()
@@ -130,7 +132,9 @@ class _Job:
         def choose() -> Checkpoint | None:
             if folder is None:
                 return None
-            found = folder.find(self.recipe, self.request.fresh)
+            # A job that is queued again has begun anew already.
+            again = os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
+            found = folder.find(self.recipe, self.request.fresh and not again)
             if found is not None:
                 _require_of_this_run(found, trainer, folder.path)
             return found
@@ -145,8 +149,9 @@ class _Job:
         trainer.sync.restore(state.order)
         trainer.skipped = state.skipped
         checksum = trainer.check_weights("from the checkpoint")
-        # The checksum is of the memory, so it is another in another layout.
-        same_layout = state.recipe["train"]["layout"] == self.recipe.train.layout
+        # The checksum is of the memory, so it is another in another layout, and IPEX's differs
+        # between processors.
+        same_layout = state.recipe["train"]["layout"] == self.recipe.train.layout != "ipex"
         if same_layout and checksum != state.weights_crc32:
             raise FailedError(
                 f"weights {checksum} from the checkpoint of step {state.step} are not those it was "
@@ -195,11 +200,12 @@ class _Job:
         try:
             outcome = Run(trainer, self.signals, keeper, progress, steps).train()
         finally:
+            saver.wait()
             display.close()
-        console.print(
+        tell(
+            console,
             f"weights {outcome.weights_crc32} on all {trainer.ranks.world.size} rank(s); "
             f"median {outcome.images_per_s:,.1f} images/s; run directory {folder.path}",
-            markup=False,
         )
         return outcome
 
@@ -248,18 +254,18 @@ def _require_of_this_run(found: Checkpoint, trainer: Trainer, path: Path) -> Non
 def _introduce(console: Console, trainer: Trainer, progress: Progress) -> None:
     recipe = trainer.recipe
     parameters = sum(parameter.numel() for parameter in trainer.optimiser.parameters)
-    console.print(
+    tell(
+        console,
         f"{recipe.name}: {recipe.model.name}, {parameters:,} parameters, "
         f"{recipe.train.lanes} lanes x {recipe.train.lane_batch}, "
         f"{trainer.total_steps} steps; {trainer.ranks.describe()}",
-        markup=False,
     )
-    console.print(os.environ.get(PLAN, "no plan: not bound, as it came"), markup=False)
+    tell(console, os.environ.get(PLAN, "no plan: not bound, as it came"))
     if progress.step:
-        console.print(
+        tell(
+            console,
             f"goes on after step {progress.step} (epoch {trainer.epoch_at(progress.step):.2f}), "
             f"from the checkpoint with weights {progress.checksum}",
-            markup=False,
         )
 
 

@@ -36,6 +36,7 @@ class Owner(msgspec.Struct, frozen=True):
     pids: str
     pid: int
     started: str
+    cluster: str
     job: str
     restarts: str
     token: str
@@ -154,6 +155,7 @@ def _myself(environment: Mapping[str, str]) -> Owner:
         pids=_pid_space(),
         pid=os.getpid(),
         started=_started(os.getpid()),
+        cluster=environment.get("SLURM_CLUSTER_NAME", ""),
         job=environment.get("SLURM_JOB_ID", ""),
         restarts=environment.get("SLURM_RESTART_COUNT", "0"),
         token=uuid.uuid4().hex,
@@ -173,13 +175,14 @@ def _alive_here(owner: Owner) -> bool | None:
 
 def _job_is_over(owner: Owner, mine: Owner) -> bool:
     """Whether Slurm says so: the job is not there any more, or it is this one, queued again."""
-    if not owner.job:
+    # Another cluster's Slurm, on the same file system, may have the same numbers.
+    if not owner.job or not mine.job or owner.cluster != mine.cluster:
         return False
     if owner.job == mine.job:
         return owner.restarts != mine.restarts
     squeue = shutil.which("squeue")
-    if not mine.job or squeue is None:
-        return False  # another cluster's Slurm may have the same numbers
+    if squeue is None:
+        return False
     command = [squeue, "--noheader", "--format=%T", "--jobs", owner.job]
     try:
         # By its path and without closing files: then Python spawns it, where a fork would be

@@ -95,32 +95,47 @@ class Run:
         """To the end. Raises StoppedError, on every rank, after a checkpoint that was asked for,
         and FailedError when the last one could not be written."""
         total, timeout = self.trainer.total_steps, self.trainer.timeout
+        self._evaluate_what_was_left()
         while self.progress.step < total:
             metrics = self._step(self.progress.step)
             step = self.progress.step = metrics.step
             agreed = self.trainer.agreed
             if agreed[LOST]:
+                if self.keeper:
+                    self.keeper.saver.abandon()
                 raise FailedError(
                     f"stopped after step {step}: the run directory's lock is not this job's any "
                     "more: it was removed, or another job has taken it over; nothing can be saved",
                     shared=True,
                 )
-            is_best = self._evaluate(step) if self._evaluates_after(step) else False
             reason = "--max-steps" if step >= self._end else stop_asked(agreed)
-            last = step == total
-            if last or reason or agreed[CHECKPOINT]:
+            spoiled, last = self.trainer.damage.problem, step == total
+            # A run that is told to stop may have no time to evaluate: the next start does it.
+            evaluates = self._evaluates_after(step) and not spoiled and (last or not reason)
+            is_best = self._evaluate(step) if evaluates else False
+            if last or reason or spoiled or agreed[CHECKPOINT]:
                 self.progress.checksum = self.trainer.check_weights(f"after step {step}")
                 if self.keeper:
                     self.keeper.saver.save(self._copy())
             elif is_best and self.keeper:
                 self.keeper.saver.hold_best(self._copy())
-            if last or reason:
+            if last or reason or spoiled:
                 self._settle(timeout)
+            if spoiled:
+                raise FailedError(f"stopped after step {step}: {spoiled}", shared=True)
             if reason and not last:
                 raise StoppedError(self._stopped(reason), shared=True)
         if self.progress.evaluation is None or self.progress.evaluation.step != total:
             self._evaluate(total)  # stopped here before, where nobody knew it for the end
         return self._outcome()
+
+    def _evaluate_what_was_left(self) -> None:
+        step, mark = self.progress.step, self.progress.evaluation
+        missing = mark is None or mark.step != step
+        if 0 < step < self.trainer.total_steps and self._evaluates_after(step) and missing:
+            is_best = self._evaluate(step)
+            if is_best and self.keeper:
+                self.keeper.saver.hold_best(self._copy())
 
     def _step(self, step: int) -> StepMetrics:
         epoch_ends = (step + 1) % self.trainer.lanes.steps_per_epoch == 0
@@ -196,7 +211,7 @@ class Run:
         remove = f"remove {self._path()}/STOP, then " if reason == STOP_FILE else ""
         return (
             f"stopped after step {step} of {total} ({reason}), with a checkpoint: {remove}start "
-            f"the same command with --run-dir {self._path()} to go on"
+            f"the same command with --run-dir {self._path()}, without --fresh, to go on"
         )
 
     def _with_last_good(self, error: NonFiniteError) -> NonFiniteError:

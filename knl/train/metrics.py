@@ -92,15 +92,18 @@ class Rows:
 
 class Events:
     """Curves for TensorBoard. tensorboardX's own writer has a thread that a full disk ends, after
-    which training would wait for it for ever."""
+    which training would wait for it for ever. `step`: behind which they begin."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, step: int) -> None:
+        from tensorboardX.proto.event_pb2 import SessionLog
         from tensorboardX.record_writer import RecordWriter
 
         name = f"events.out.tfevents.{time.time():.0f}.{platform.node()}.{os.getpid()}"
         self._writer = RecordWriter(os.fspath(folder / name))
         self._broken = False
         self._event(file_version="brain.Event:2")
+        if step:  # TensorBoard forgets what an earlier start has drawn behind it
+            self._event(session_log=SessionLog(status=SessionLog.START), step=step + 1)
 
     def add(self, values: Mapping[str, float], step: int) -> None:
         from tensorboardX.proto.summary_pb2 import Summary

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 
@@ -21,6 +22,12 @@ def open_console() -> Console:
     if columns and columns.isdigit():
         return Console(stderr=True, force_terminal=True, width=int(columns), highlight=False)
     return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def tell(console: Console, text: str) -> None:
+    """Print a line; a full disk under a log is no reason to stop."""
+    with contextlib.suppress(OSError):
+        console.print(text, markup=False)
 
 
 class Display:
@@ -50,7 +57,7 @@ class Display:
         )
 
     def say(self, text: str) -> None:
-        self.console.print(text, markup=False)
+        tell(self.console, text)
 
     def close(self) -> None:
         self._bar.stop()

@@ -59,9 +59,11 @@ class RunDirectory:
             if fresh:
                 self._move_aside()
                 return None
-            found = self._newest()
+            found, damaged = self._newest()
             if found is not None:
                 _require_same_recipe(found.state.recipe, recipe, self.path)
+                for path in damaged:  # else they would count among the last ones
+                    path.rename(path.with_name(path.name + ".damaged"))
             elif (self.path / _METRICS).exists() and (self.path / _METRICS).stat().st_size:
                 self._begin_anew(recipe)
             return found
@@ -72,10 +74,13 @@ class RunDirectory:
         """Begin to write behind `step`: rows of later steps were never covered by a checkpoint."""
         try:
             self.checkpoints.mkdir(exist_ok=True)
+            for name in (_METRICS, _RECIPE, "environment.json"):  # of a start that was killed
+                for path in self.path.glob(f".{name}.{'[0-9a-f]' * 32}"):
+                    path.unlink()
             _replace(self.path / _RECIPE, to_toml(recipe))
             _replace(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
             _cut_back(self.path / _METRICS, step)
-            self._rows, self._events = Rows(self.path / _METRICS), Events(self.path)
+            self._rows, self._events = Rows(self.path / _METRICS), Events(self.path, step)
         except OSError as error:
             raise self._unwritable(error) from None
 
@@ -119,7 +124,9 @@ class RunDirectory:
             self._events.close()
         self.lock.release()
 
-    def _newest(self) -> Checkpoint | None:
+    def _newest(self) -> tuple[Checkpoint | None, list[Path]]:
+        """The newest whole one, and the damaged ones that are newer. Raises FailedError where one
+        cannot be read, which may be better in a while."""
         damaged: list[Path] = []
         for path in listed(self.checkpoints):
             try:
@@ -128,14 +135,12 @@ class RunDirectory:
                 say(f"{error}: passed over")
                 damaged.append(path)
                 continue
-            for other in damaged:  # else they would count among the last ones
-                other.rename(other.with_name(other.name + ".damaged"))
-            return found
+            return found, damaged
         if damaged:
             raise InputError(
                 f"none of the {len(damaged)} checkpoint(s) in {self.checkpoints} is whole; {ANEW}"
             )
-        return None
+        return None, []
 
     def _begin_anew(self, recipe: Recipe) -> None:
         """There are rows and no checkpoint: the run was ended before its first one."""

@@ -41,7 +41,7 @@ class Saver:
         self._last = time.monotonic()  # began the last one
         self._thread: threading.Thread | None = None
         self._best: Checkpoint | None = None  # copied, to be written with the next one
-        self._told = False
+        self._told = self._abandoned = False
         self.write_s = 0.0  # the longest
         self.problem = ""  # why the last one could not be written
         self.newest = max((step_of(path) for path in listed(self._folder)), default=0)
@@ -69,6 +69,10 @@ class Saver:
             self._thread = threading.Thread(target=self._write_all, args=(checkpoint, best))
             self._thread.start()
 
+    def abandon(self) -> None:
+        """The folder is another job's now: write and remove nothing more."""
+        self._abandoned = True
+
     def wait(self) -> None:
         """Until nothing is being written."""
         if self._thread is not None:
@@ -83,9 +87,10 @@ class Saver:
             if best is not None and mark is not None and best.state.step == mark.step:
                 self._write(best)
             self._write(checkpoint)
-        except OSError as error:
+        except Exception as error:  # a full disk, no memory: whatever it is, it is not written
             self._best = self._best or best
-            self._failed(checkpoint.state.step, error.strerror or str(error))
+            why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            self._failed(checkpoint.state.step, why)
             return
         if self._told:
             say(f"checkpoint of step {checkpoint.state.step} is written: there is room again")
@@ -96,6 +101,8 @@ class Saver:
     def _write(self, checkpoint: Checkpoint) -> None:
         if broken := all_finite(checkpoint.tensors):
             raise OSError(0, f"{broken} is not finite")
+        if self._abandoned:
+            raise OSError(0, "the run directory is another job's")
         began = time.monotonic()
         write(self._folder, checkpoint)
         self.write_s = max(self.write_s, time.monotonic() - began)

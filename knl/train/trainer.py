@@ -140,7 +140,7 @@ class Trainer:
                 raise self._diagnosis(step, lr, losses, what) from None
             self.statistics.take(before)
             self.skipped, loss = self.skipped + 1, math.nan
-        self.damage.check(self._damaged)
+        self.damage.learn(self._damaged)
         report = self.optimiser.report()
         ended = time.perf_counter()
         return StepMetrics(

@@ -56,15 +56,15 @@ def test_needed_is_what_the_lanes_read_step_by_step(data):
 def test_a_copy_reads_as_the_set_and_takes_no_more_room_than_it_needs(packed, tmp_path):
     here, there = opened(packed), opened(packed)
     needed = np.arange(40, 80)
-    folder = stage(here.train, needed, tmp_path)
-    there.read_from(folder)
-    for file in folder.iterdir():
+    copy = stage(here.train, needed, tmp_path)
+    there.train.move(copy.folder)
+    for file in copy.folder.glob("*.arrow"):
         assert file.stat().st_size == (packed / file.name).stat().st_size
-    assert folder.stat().st_mode & 0o077 == 0
-    used = sum(file.stat().st_blocks * 512 for file in folder.iterdir())
+    assert copy.folder.stat().st_mode & 0o077 == 0
+    used = sum(file.stat().st_blocks * 512 for file in copy.folder.iterdir())
     assert used < 2 * 32 * 32 * 3 * len(needed)
-    for file in folder.iterdir():
-        file.unlink()  # open already
+    copy.remove()  # open already
+    assert list(tmp_path.iterdir()) == []
     for one, other in zip(here.train_batch(needed, 3), there.train_batch(needed, 3)):
         np.testing.assert_array_equal(one, other)
     assert not there.damaged
@@ -72,9 +72,30 @@ def test_a_copy_reads_as_the_set_and_takes_no_more_room_than_it_needs(packed, tm
 
 def test_what_was_not_copied_is_not_taken_for_good(packed, tmp_path):
     there = opened(packed)
-    there.read_from(stage(there.train, np.arange(10), tmp_path))
+    copy = stage(there.train, np.arange(10), tmp_path)
+    there.train.move(copy.folder)
+    copy.remove()
     images, _ = there.train_batch(np.array([5, 300]), 0)
     assert set(there.damaged) == {300} and images.shape == (2, 3, CROP, CROP)
+    assert there.place_of(300).startswith(str(packed))  # where a user can look
+
+
+def test_what_a_killed_job_has_left_goes_and_what_is_in_use_stays(packed, tmp_path):
+    kept = stage(opened(packed).train, np.arange(10), tmp_path)
+    orphan = stage(opened(packed).train, np.arange(10), tmp_path)
+    orphan.lock.close()  # as the death of its process does
+    stage(opened(packed).train, np.arange(10), tmp_path).remove()
+    assert kept.folder.exists() and not orphan.folder.exists()
+    kept.remove()
+
+
+def test_a_copy_that_cannot_be_opened_leaves_the_set_where_it_was(packed, tmp_path):
+    there = opened(packed)
+    before, _ = there.train_batch(np.arange(4), 0)
+    with pytest.raises(OSError, match="No such file"):
+        there.train.move(tmp_path)
+    after, _ = there.train_batch(np.arange(4), 0)
+    np.testing.assert_array_equal(before, after)
 
 
 def test_a_folder_that_is_not_there_is_named(packed, tmp_path):

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from knl.errors import DamagedError
+from knl.errors import DamagedError, FailedError
 from knl.train import checkpoint as module
 from knl.train.checkpoint import Checkpoint, Mark, State, listed, name_of, read, write
 
@@ -116,16 +116,16 @@ def test_a_truncated_one_is_told_with_its_sizes(path, keep, what):
 
 
 def test_one_that_cannot_be_read_is_named(tmp_path):
-    with pytest.raises(DamagedError, match="cannot be read: No such file"):
+    with pytest.raises(FailedError, match="cannot be read: No such file"):
         read(tmp_path / name_of(3))
     (tmp_path / name_of(4)).mkdir()
-    with pytest.raises(DamagedError, match="cannot be read: Is a directory"):
+    with pytest.raises(FailedError, match="cannot be read: Is a directory"):
         read(tmp_path / name_of(4))
 
 
 def test_a_later_schema_is_refused_though_it_is_whole(tmp_path):
     found = write(tmp_path, Checkpoint(state(schema=2), tensors()))
-    with pytest.raises(DamagedError, match="none that this version of knl reads: its schema is 2"):
+    with pytest.raises(FailedError, match="none that this version of knl reads: its schema is 2"):
         read(found)
 
 
@@ -139,7 +139,7 @@ def test_a_whole_head_that_lies_is_refused(tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "_head", lying)
     found = write(tmp_path, Checkpoint(state(), tensors()))
-    with pytest.raises(DamagedError, match="is out of place"):
+    with pytest.raises(FailedError, match="is out of place"):
         read(found)
 
 

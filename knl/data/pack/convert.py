@@ -66,10 +66,13 @@ def _is_plain_jpeg(data: bytes) -> bool:
         simplejpeg.decode_jpeg(data)
     except ValueError:
         return False
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of metadata that nobody reads
-        with Image.open(io.BytesIO(data)) as picture:
-            return picture.getexif().get(_ORIENTATION, 1) in _UPRIGHT
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of metadata that nobody reads
+            with Image.open(io.BytesIO(data)) as picture:
+                return picture.getexif().get(_ORIENTATION, 1) in _UPRIGHT
+    except OSError:  # Pillow does not know its head, of which decoders need little
+        return True
 
 
 def _open(source: bytes | NDArray[Any]) -> Image.Image:

@@ -57,9 +57,11 @@ def pack(
     _require_room(folder, plan, left)
     progress = PackProgress(sum(shard.count for shard in mine), there)
     taken = rejected = 0
-    if left:
-        taken, rejected = _pack_shards(plan, folder, left, processes, max_rejected, progress)
-    progress.close()
+    try:
+        if left:
+            taken, rejected = _pack_shards(plan, folder, left, processes, max_rejected, progress)
+    finally:
+        progress.close()
     return {
         "shards": len(mine),
         "shards_there_before": len(mine) - len(left),

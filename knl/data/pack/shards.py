@@ -74,6 +74,8 @@ def write_shard(
     rejected: list[dict[str, str]] = []
     counts = [0] * classes
     with _temporary(folder, name) as (path, file):
+        if read_note(folder, name) is not None:
+            return  # another packer has just done it
         records = _records(items, reader, form, classes, rejected, taken)
         with pa.ipc.new_file(file, _schema(form)) as writer:
             for batch in _batches(records, form):
@@ -184,7 +186,11 @@ def _is_mine(path: Path, file: IO[bytes]) -> bool:
         return False
     except OSError:
         pass  # a file system without locks; parts do not share shards
-    with suppress(FileNotFoundError):  # finished and renamed since it was opened
+    return _is_named(path, file)  # or finished and renamed since it was opened
+
+
+def _is_named(path: Path, file: IO[bytes]) -> bool:
+    with suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     return False
 
@@ -204,4 +210,5 @@ def _temporary(folder: Path, name: str) -> Iterator[tuple[Path, IO[bytes]]]:
         try:
             yield path, file
         finally:
-            path.unlink(missing_ok=True)
+            if _is_named(path, file):  # and not renamed
+                path.unlink(missing_ok=True)
