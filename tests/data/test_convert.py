@@ -145,3 +145,16 @@ def test_raw_records_are_the_middle_square():
 def test_pixels_of_idx_files_are_taken_as_grey():
     grey = np.arange(24 * 24, dtype=np.uint8).reshape(24, 24)
     assert np.array_equal(pixels(convert(grey, RAW), RAW), grey[:, :, None].repeat(3, axis=2))
+
+
+@FORMS
+def test_a_jpeg_whose_head_pillow_does_not_know_is_taken(form):
+    """An APP0 of the word JFIF alone: every decoder shows it, Pillow cannot identify it."""
+    whole = make_jpeg(1, 1, (60, 80))
+    assert whole[2:4] == b"\xff\xe0"
+    length = int.from_bytes(whole[4:6], "big")
+    odd = whole[:2] + b"\xff\xe0\x00\x06JFIF" + whole[4 + length :]
+    with pytest.raises(OSError, match="cannot identify"):
+        Image.open(io.BytesIO(odd))
+    record = convert(odd, form)
+    assert record == odd if form is AS_IS else record == convert(whole, form)

@@ -3,6 +3,9 @@ the same set gives the same batches."""
 
 from __future__ import annotations
 
+import errno
+import os
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -151,3 +154,20 @@ def test_a_damaged_record_to_test_on_is_left_out(victims, capsys):
     assert (
         capsys.readouterr().err == f"knl: {path} record 0: checksum; it is left out of the test\n"
     )
+
+
+def test_a_sector_that_cannot_be_read_costs_the_records_in_it_alone(victims, monkeypatch):
+    dataset = opened(victims / "raw")
+    bad = int(dataset.train.index["start"][3]) + 5
+    real = os.pread
+
+    def pread(file, length, start):
+        if start <= bad < start + length:
+            raise OSError(errno.EIO, "Input/output error")
+        return real(file, length, start)
+
+    monkeypatch.setattr(os, "pread", pread)
+    read = dataset.train.read(np.arange(8))
+    assert [record.fault for record in read] == [""] * 3 + ["Input/output error"] + [""] * 4
+    dataset.train_batch(np.arange(8), 0)
+    assert dataset.damaged == {3: "Input/output error"}

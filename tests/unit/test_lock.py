@@ -157,3 +157,20 @@ def test_of_many_that_come_at_once_one_takes_a_stale_lock(tmp_path):
     assert [lock.lost() for lock in taken].count(False) == 1
     for lock in taken:
         lock.release()
+
+
+def test_jobs_of_another_cluster_are_not_asked_for_here(tmp_path, monkeypatch):
+    """Both write to one file system, and number their jobs alike."""
+    squeue = tmp_path / "squeue"
+    squeue.write_text(
+        "#!/bin/sh\necho 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1\n"
+    )
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    here = module._myself({"SLURM_JOB_ID": "5", "SLURM_CLUSTER_NAME": "one"})
+    for cluster, over in (("one", True), ("two", False), ("", False)):
+        other = msgspec.structs.replace(here, job="777", cluster=cluster)
+        assert module._job_is_over(other, here) is over
+    again = msgspec.structs.replace(here, restarts="1")
+    assert module._job_is_over(here, again)
+    assert not module._job_is_over(msgspec.structs.replace(here, cluster="two"), again)

@@ -96,12 +96,23 @@ def _open(source: bytes | NDArray[Any]) -> Image.Image:
                 picture = Image.fromarray((deep.clip(0, 65535) >> 8).astype(np.uint8))
             return picture.convert("RGB")
     except UnidentifiedImageError:
-        raise Rejected("not a picture that Pillow knows") from None
+        return _by_libjpeg(source)
     except Exception as error:  # Pillow's decoders raise whatever their formats suggest
         if isinstance(error, (MemoryError, Rejected)):
             raise
         text = " ".join(str(error).split()) or type(error).__name__
         raise Rejected(f"does not decode: {text}") from None
+
+
+def _by_libjpeg(source: bytes) -> Image.Image:
+    """A JPEG with a head of which Pillow wants more than decoding needs."""
+    try:
+        height, width, *_ = simplejpeg.decode_jpeg_header(source)
+        if height * width <= MOST_PIXELS:
+            return Image.fromarray(simplejpeg.decode_jpeg(source))
+    except ValueError:
+        pass
+    raise Rejected("not a picture that Pillow knows")
 
 
 def _shrink(picture: Image.Image, form: Form) -> Image.Image:
