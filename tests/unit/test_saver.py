@@ -122,3 +122,27 @@ def test_it_begins_with_what_is_there(tmp_path):
     (tmp_path / "checkpoints" / name_of(4)).touch()
     assert saver(tmp_path).newest == 4
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [name_of(4)]
+
+
+def test_whatever_ends_a_write_is_told_and_not_taken_for_success(tmp_path, monkeypatch, capsys):
+    found = saver(tmp_path)
+    real = module.write
+
+    def no_memory(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(module, "write", no_memory)
+    saved(found, checkpoint(1))
+    assert found.problem == "MemoryError" and found.newest == 0
+    assert "cannot be written" in capsys.readouterr().err
+    monkeypatch.setattr(module, "write", real)
+    saved(found, checkpoint(2))
+    assert found.problem == "" and steps(tmp_path) == [2]
+
+
+def test_a_folder_that_another_job_has_taken_over_is_left_alone(tmp_path):
+    found = saver(tmp_path, keep=1)
+    saved(found, checkpoint(1))
+    found.abandon()
+    saved(found, checkpoint(2))
+    assert steps(tmp_path) == [1] and found.problem
