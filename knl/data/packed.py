@@ -145,7 +145,7 @@ class _Memory:
             block = np.empty(size, dtype=np.float32)
         # Every view of it, a tensor's too, keeps this array alive.
         array = np.frombuffer(block.data, dtype=np.float32, count=size)
-        weakref.finalize(array, self._free.append, block).atexit = False
+        weakref.finalize(array, self._free.append, block)
         return array.reshape(shape)
 
 
