@@ -38,8 +38,9 @@ def test_stdout_is_one_json_object_that_says_what_was_run(team):
     assert trained.done.stdout.count("\n") == 1
     result = trained.result
     assert list(result) == [
-        "run_dir", "recipe", "top1", "top5", "loss", "steps", "epochs", "images_per_s", "ranks",
-        "lanes", "global_batch", "provider", "layout", "plan", "wall_s",
+        "run_dir", "recipe", "top1", "top5", "loss", "steps", "epochs", "damaged_records",
+        "images_per_s", "ranks", "lanes", "global_batch", "provider", "layout", "plan", "stage",
+        "wall_s",
     ]  # fmt: skip
     wanted = {
         "run_dir": str(trained.folder),
