@@ -56,7 +56,6 @@ class Lock:
         self._owner = _myself(environment)
         while not self._create():
             self._require_stale()
-        self._inode = self.path.stat().st_ino
         self._done = threading.Event()
         self._beats = threading.Thread(target=self._beat, daemon=True)
         self._beats.start()
@@ -64,7 +63,7 @@ class Lock:
     def lost(self) -> bool:
         """Whether the file is no longer this job's: removed, or taken over by another job."""
         try:
-            return self.path.stat().st_ino != self._inode
+            return not os.path.samestat(self.path.stat(), os.fstat(self._file.fileno()))
         except FileNotFoundError:
             return True
         except OSError:
@@ -74,7 +73,7 @@ class Lock:
         """Let the next job have it."""
         self._done.set()
         self._beats.join(_POLL_S)  # it may hang in a file system that does
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), self._file:
             if not self.lost():
                 self.path.unlink()
 
@@ -84,11 +83,16 @@ class Lock:
         except FileExistsError:
             return False
         try:
-            with file:
-                file.write(msgspec.json.encode(self._owner))
+            file.write(msgspec.json.encode(self._owner))
+            file.flush()
         except OSError:
             self.path.unlink()
+            with contextlib.suppress(OSError):
+                file.close()
             raise
+        # Held open, so that no other file can get its number. Asked of the path it could be another
+        # job's already.
+        self._file = file
         return True
 
     def _beat(self) -> None:
