@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, cast
+from typing import Annotated, Any, Literal, TypeVar, Union, cast
 
 import msgspec
 import tomli_w
@@ -29,11 +29,11 @@ _NotNegative = Annotated[float, Meta(ge=0, le=1e6)]
 _Share = Annotated[float, Meta(ge=0, le=1)]
 
 
-class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A TOML table: unknown keys, wrong types and numbers out of range are refused by name."""
 
 
-class Model(_Section, frozen=True):
+class Model(Section, frozen=True):
     """What network. `zero_init_gamma`: the last BatchNorm of a residual block starts at 0."""
 
     name: Literal["resnet50", "resnet-small", "alexnet", "alexnet-bn", "alexnet-torch"]
@@ -41,7 +41,7 @@ class Model(_Section, frozen=True):
     dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.5
 
 
-class Data(_Section, frozen=True):
+class Data(Section, frozen=True):
     """What samples. `path`: folder of a set on disk. `image_size`: pixels a side as stored, 0 for
     the set's own; `crop`: as trained, 0 for the whole picture. `samples`, `classes`: of the
     synthetic set. `chunk`: neighbouring records that stay together when an epoch is shuffled.
@@ -63,7 +63,7 @@ class Data(_Section, frozen=True):
     prefetch_mb: _AboveZero = 256.0
 
 
-class Train(_Section, frozen=True):
+class Train(Section, frozen=True):
     """How long and how wide. The global batch is lanes x lane_batch. `steps`: stop after so many,
     0 for all epochs. `eval_every`: epochs between evaluations, 0 for the last alone. `layout`: of
     pictures and weights in memory; "ipex": weights as Intel's extension packs them; "auto": what
@@ -88,7 +88,7 @@ class Train(_Section, frozen=True):
     max_skipped: _Count = 10
 
 
-class Optim(_Section, frozen=True):
+class Optim(Section, frozen=True):
     """LARS or SGD. `form`: see knl.optim.lars; `eta`: the trust coefficient; `skip`: what gets
     neither trust ratio nor weight decay."""
 
@@ -99,7 +99,7 @@ class Optim(_Section, frozen=True):
     skip: tuple[str, ...] = ("bias", "norm")
 
 
-class Schedule(_Section, frozen=True):
+class Schedule(Section, frozen=True):
     """The learning rate: see knl.optim.schedule."""
 
     lr: _NotNegative
@@ -111,7 +111,7 @@ class Schedule(_Section, frozen=True):
     gamma: _Share = 0.1
 
 
-class Comm(_Section, frozen=True):
+class Comm(Section, frozen=True):
     """Gradient sync. `bucket_mb`: MiB of gradients summed together; "auto": what the node's plan
     says. `timeout_s`: seconds to wait for the other ranks before giving the run up."""
 
@@ -120,7 +120,7 @@ class Comm(_Section, frozen=True):
     timeout_s: _AboveZero = 300.0
 
 
-class Recipe(_Section, frozen=True):
+class Recipe(Section, frozen=True):
     """One training run, in full."""
 
     name: str
@@ -148,23 +148,32 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = Path(name) if name.endswith(".toml") or "/" in name else RECIPES / f"{name}.toml"
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = read_table(path, "recipe")
     except FileNotFoundError:
         known = recipe_names()
         raise InputError(
-            f"recipe {name!r} not found{_nearest(name, known)}; known: {', '.join(known)}, "
+            f"recipe {name!r} not found{nearest(name, known)}; known: {', '.join(known)}, "
             "or the path of a .toml file"
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"recipe {path} cannot be read: {error}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"recipe {path} is not TOML: {error}") from None
     table.setdefault("name", path.stem)
     for override in overrides:
         _override(table, override)
-    recipe = _convert(table, Recipe, path)
+    recipe = convert(table, Recipe, path)
     _check_together(recipe)
     return recipe
+
+
+def read_table(path: Path, what: str) -> dict[str, Any]:
+    """The table in a TOML file. Raises InputError when it cannot be read, FileNotFoundError when it
+    is not there: the caller knows what else there is."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{what} {path} cannot be read: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{what} {path} is not TOML: {error}") from None
 
 
 def to_toml(recipe: Recipe) -> str:
@@ -205,8 +214,12 @@ def _override(table: dict[str, Any], override: str) -> None:
         table[last] = text  # a word without quotes, as a shell leaves it
 
 
-def _convert(table: dict[str, Any], kind: type[Recipe], path: Path) -> Recipe:
-    """msgspec's check, with its message turned into one that shows the value and the cure."""
+_Kind = TypeVar("_Kind", bound=Section)
+
+
+def convert(table: dict[str, Any], kind: type[_Kind], path: Path) -> _Kind:
+    """A TOML table as a Section. Raises InputError that names file, key, value and what it may be:
+    msgspec's check, with its message turned into one that shows the value and the cure."""
     _refuse_unknown(table, kind, "", path)
     try:
         return msgspec.convert(table, kind)
@@ -219,7 +232,7 @@ def _convert(table: dict[str, Any], kind: type[Recipe], path: Path) -> Recipe:
                 value = value[int(key)]
             elif isinstance(value, Mapping):
                 value = value.get(key)
-        name = ".".join(keys) or "recipe"
+        name = ".".join(keys) or kind.__name__.lower()
         if message.startswith("Object missing required field"):
             missing = message.split("`")[1]
             where = f"{name}.{missing}" if keys else missing
@@ -247,7 +260,7 @@ def _refuse_unknown(table: Mapping[str, Any], kind: Any, place: str, path: Path)
     for key, value in table.items():
         if key not in fields:
             raise InputError(
-                f"{path}: {place}{key}: unknown key{_nearest(key, list(fields))}; "
+                f"{path}: {place}{key}: unknown key{nearest(key, list(fields))}; "
                 f"known: {', '.join(fields)}"
             )
         inner = fields[key]
@@ -259,7 +272,8 @@ def _refuse_unknown(table: Mapping[str, Any], kind: Any, place: str, path: Path)
             _refuse_unknown(value, inner, f"{place}{key}.", path)
 
 
-def _nearest(word: str, known: Sequence[str]) -> str:
+def nearest(word: str, known: Sequence[str]) -> str:
+    """A hint for a misspelt word: the known one that is like it, else nothing."""
     near = difflib.get_close_matches(word, known, n=1)
     return f", did you mean {near[0]}?" if near else ""
 
