@@ -56,7 +56,7 @@ def slurm_cluster(nodes: int, root: Path) -> Iterator[SlurmCluster]:
         conf.write_text(_configuration(cluster, ports, munge))
         try:
             for name in ("slurmctld", *names):
-                _start(cluster, name)
+                start_daemon(cluster, name)
             _wait_until_idle(cluster, timeout=30.0 + 0.2 * nodes)
             yield cluster
         finally:
@@ -71,7 +71,7 @@ def _configuration(cluster: SlurmCluster, ports: list[int], munge: str) -> str:
 ClusterName=knl
 SlurmctldHost={socket.gethostname().split(".")[0]}(127.0.0.1)
 SlurmctldPort={ports[0]}
-AuthInfo=socket={munge},cred_expire={20 + len(cluster.nodes) // 4}
+AuthInfo=socket={munge},cred_expire={10 + len(cluster.nodes) // 4}
 StateSaveLocation={cluster.folder}
 SlurmdSpoolDir={cluster.folder}/%n
 SlurmctldPidFile={cluster.folder}/slurmctld.pid
@@ -128,7 +128,7 @@ def _munge_socket() -> Iterator[str]:
         shutil.rmtree(folder)
 
 
-def _start(cluster: SlurmCluster, name: str) -> None:
+def start_daemon(cluster: SlurmCluster, name: str) -> None:
     """Start one daemon; it goes to the background by itself and writes its pid file."""
     command = ["slurmctld"] if name == "slurmctld" else ["slurmd", "-N", name]
     started = cluster.run(*command, "-f", cluster.environment["SLURM_CONF"])
