@@ -100,11 +100,7 @@ def write_modules(prefix: Path, module: Module) -> None:
         folder = prefix / tree / "knl"
         folder.mkdir(parents=True, exist_ok=True)
         write(folder / name, render(template, module))
-        rc = folder / ".modulerc"
-        if module.hidden:
-            write(rc, hiding(module.version))
-        elif rc.exists() and rc.read_text() == hiding(module.version):
-            rc.unlink()
+        hide(folder / ".modulerc", module.version, module.hidden)
 
 
 def render(template: str, module: Module) -> str:
@@ -130,10 +126,29 @@ if { [llength [info commands depends-on]] } {
 }"""
 
 
-def hiding(version: str) -> str:
-    """A .modulerc that Lmod and Modules from 5.1 on understand: a marked default is taken though it
-    is hidden."""
-    return f"#%Module\nmodule-version knl/{version} default\nhide-version knl/{version}\n"
+def hide(rc: Path, version: str, hidden: bool) -> None:
+    """Note in a .modulerc whether a version is hidden; the newest hidden one is the default."""
+    old = rc.read_text() if rc.exists() else ""
+    versions = [found for found in re.findall(r"^ *hide knl/(\S+)$", old, re.M) if found != version]
+    versions += [version] if hidden else []
+    if versions:
+        lines = [f"hide knl/{each}" for each in versions]
+        write(rc, "\n".join([RC, f"module-version knl/{versions[-1]} default", *lines, ""]))
+    else:
+        rc.unlink(missing_ok=True)
+
+
+# A marked default is taken though it is hidden. Lmod has hide-version, Modules from 4.6 on
+# module-hide; older ones show the module.
+RC = """\
+#%Module1.0
+proc hide { name } {
+    if { [llength [info commands hide-version]] } {
+        hide-version $name
+    } elseif { [llength [info commands module-hide]] } {
+        module-hide --soft $name
+    }
+}"""
 
 
 def write(path: Path, text: str) -> None:
