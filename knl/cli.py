@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NoReturn, Optional
 
 import typer
 
-from knl import __version__, cli_bench, cli_checkpoint, cli_data, cli_node
+from knl import __version__, cli_bench, cli_bundle, cli_checkpoint, cli_data, cli_node
 from knl.comm.watchdog import end_job
 from knl.comm.world import SINGLE, Provider, World, world_from
 from knl.errors import FailedError, InputError, KnlError, say
@@ -155,6 +155,7 @@ def train(
 
 for command in cli_node.COMMANDS:
     app.command()(command)
+app.command()(cli_bundle.bundle)
 app.add_typer(cli_bench.app)
 app.add_typer(cli_data.app)
 app.add_typer(cli_checkpoint.app)
