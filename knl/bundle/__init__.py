@@ -69,7 +69,8 @@ def write_bundle(out: Path, variables: Mapping[str, str]) -> Bundle:
         try:
             size, proof = _write(out, contents, environment, Path(scratch), variables)
         except OSError as error:
-            raise FailedError(f"--out {out}: {error.strerror}; nothing was written") from None
+            where = error.filename or out
+            raise FailedError(f"{where}: {error.strerror}; no bundle was written") from None
     seconds = time.monotonic() - began
     return Bundle(
         str(out),

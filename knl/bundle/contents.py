@@ -81,7 +81,9 @@ def collect(environment: Environment, scratch: Path) -> Contents:
             contents.left_out[why] = contents.left_out.get(why, 0) + size
         else:
             contents.entries.append(_entry(name, source, environment, scratch))
-    contents.entries = _links_for_copies(contents.entries)
+    for name in (PurePosixPath("bin/python"), PurePosixPath("bin/python3")):
+        contents.entries.append(Entry(name, link=environment.version))
+    contents.entries = _links_for_copies(sorted(contents.entries, key=lambda entry: entry.name))
     return contents
 
 

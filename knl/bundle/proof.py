@@ -44,8 +44,8 @@ def train_and_tell() -> None:
             "digits", overrides, run_dir=Path(folder) / "run" if world.rank == 0 else None
         )
         result = run_job(world, open_bootstrap(world), request)
-        modules = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
-        files = sorted({*filter(None, modules), *loaded_libraries()})
+        modules = [getattr(module, "__file__", None) or "" for module in [*sys.modules.values()]]
+        files = sorted({*(file for file in modules if file.startswith("/")), *loaded_libraries()})
         if result is not None:
             told = {"ranks": world.size, "provider": result["provider"], "files": files}
             os.write(stdout, json.dumps(told).encode() + b"\n")
