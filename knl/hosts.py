@@ -2,27 +2,45 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from knl.errors import FailedError, InputError
+from knl.errors import FailedError, InputError, say
 from knl.launch import UNPINNED, Mpi, find_mpi, mpi_environment, shell_status, signals_to
 
 _HOST = re.compile(r"([A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)(?::([1-9][0-9]{0,3}))?")
-_BY_SSH = {
+# In a Slurm job each would start its ranks by srun. A rank that fails is this module's to judge.
+_OF_KIND = {
     "intel": {"I_MPI_HYDRA_BOOTSTRAP": "ssh"},
     "mpich": {"HYDRA_LAUNCHER": "ssh"},
-    "openmpi": {"OMPI_MCA_plm": "rsh"},
+    "openmpi": {"OMPI_MCA_plm": "rsh", "OMPI_MCA_orte_abort_on_non_zero_status": "0"},
 }
 # Open MPI hands on its own variables alone.
 _HANDED_ON = re.compile(r"(KNL|OMP|KMP|GOMP|CCL|FI|MPI4PY|MALLOC|PYTHON)_?\w*|(LD_LIBRARY_)?PATH")
+_GRACE_S = 5.0  # for the other ranks to end by themselves when one has failed
+_END_S = 10.0
+_POLL_S = 0.1
+# mpiexec does not tell how each rank ended, and its own status depends on who ended first; so a
+# shell around the rank tells. It outlives the signal, which goes to the whole group.
+_TELL = """\
+trap : USR1
+"$@"
+status=$?
+[ $status = 0 ] || echo "{mark} ${{PMI_RANK-$OMPI_COMM_WORLD_RANK}} $status" >&2
+exit $status
+"""
+_SPOKEN = (1, 2, 75)  # statuses with which a rank has said why
 
 
 @dataclass(frozen=True)
@@ -86,19 +104,21 @@ def run_on_hosts(
     options: Sequence[str],
     prefix: bool,
 ) -> int:
-    """Run `knl run OPTIONS -- command` as `slots` ranks on each host; return their exit status,
-    128 + n where they were ended by signal n.
+    """Run `knl run OPTIONS -- command` as `slots` ranks on each host; return the worst exit status,
+    128 + n for a rank ended by signal n. Where a rank fails and the others go on, they are ended.
 
-    The first SIGTERM or SIGINT to this process reaches the ranks as SIGUSR1, on which a training
-    stops with a checkpoint: mpiexec hands that one on, and kills at the others. A second one ends
-    the ranks. Raises InputError when there is no MPI, FailedError when mpiexec does not start.
+    A signal that ends a job reaches the ranks as SIGUSR1, on which a training stops with a
+    checkpoint: mpiexec hands on that one, and kills the ranks at others or dies of them. A second
+    SIGTERM or SIGINT ends the ranks. Raises InputError when there is no MPI, FailedError when
+    mpiexec does not start the ranks.
     """
     mpi = find_mpi(environment)
     kind = _kind(mpi)
-    wanted = {**UNPINNED, **_BY_SSH[kind], **environment, **mpi_environment(environment)}
+    wanted = {**UNPINNED, **_OF_KIND[kind], **environment, **mpi_environment(environment)}
     for name in [name for name in wanted if name.startswith("PMI")]:
         del wanted[name]  # of an outer launch
-    rank = [sys.executable, "-m", "knl", "run", *options, "--", *command]
+    mark = f"knl-rank-ended-{uuid.uuid4().hex}"
+    rank = ["sh", "-c", _TELL.format(mark=mark), "sh", sys.executable, "-m", "knl", "run"]
     with tempfile.NamedTemporaryFile("w", prefix="knl-hosts-", encoding="utf-8") as file:
         form = "{} slots={}\n" if kind == "openmpi" else "{}:{}\n"
         file.writelines(form.format(host.name, host.slots) for host in hosts)
@@ -107,19 +127,16 @@ def run_on_hosts(
         launcher = [str(mpi.mpiexec), *_options(kind, file.name, prefix, wanted), "-n", str(ranks)]
         try:
             process = subprocess.Popen(
-                [*launcher, *rank],
+                [*launcher, *rank, *options, "--", *command],
                 env=wanted,
                 stdin=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
                 start_new_session=True,  # a terminal's Ctrl-C is for this process to hand on
             )
         except OSError as error:
             raise FailedError(f"{mpi.mpiexec} does not start: {error.strerror}") from None
-        orders = _Orders(process)
-        with process, signals_to(orders):
-            status = shell_status(process.wait())
-    if orders.heard and status not in (0, 1, 2, 75):
-        return 128 + orders.heard[0]
-    return status
+        with process:
+            return _Job(process, mark.encode()).wait()
 
 
 def _kind(mpi: Mpi) -> str:
@@ -132,7 +149,7 @@ def _kind(mpi: Mpi) -> str:
 
 def _options(kind: str, file: str, prefix: bool, environment: Mapping[str, str]) -> list[str]:
     if kind != "openmpi":
-        return ["-machinefile", file, *(["-l"] if prefix else [])]
+        return ["-machinefile", file, "-disable-auto-cleanup", *(["-l"] if prefix else [])]
     options = ["--hostfile", file, *(["--tag-output"] if prefix else [])]
     if os.geteuid() == 0:
         options.append("--allow-run-as-root")
@@ -143,14 +160,63 @@ def _options(kind: str, file: str, prefix: bool, environment: Mapping[str, str])
 
 
 @dataclass
-class _Orders:
-    """Hands signals on to mpiexec."""
+class _Job:
+    """Ranks below `mpiexec`, and what their shells tell behind `mark` on its stderr."""
 
     mpiexec: subprocess.Popen[bytes]
+    mark: bytes
+    ended: dict[int, int] = field(default_factory=dict)  # status by rank, of those that failed
     heard: list[int] = field(default_factory=list)
+    first_s: float = 0.0  # when the first one failed
+    ending: bool = False
 
     def send_signal(self, number: int) -> None:
-        ends = number in (signal.SIGTERM, signal.SIGINT)
-        first = number not in self.heard
+        """Called in a signal's handler."""
+        again = number in self.heard and number in (signal.SIGTERM, signal.SIGINT)
         self.heard.append(number)
-        self.mpiexec.send_signal(signal.SIGUSR1 if ends and first else number)
+        self.ending = self.ending or again
+        self.mpiexec.send_signal(signal.SIGTERM if again else signal.SIGUSR1)
+
+    def wait(self) -> int:
+        """The job's exit status."""
+        reader = threading.Thread(target=self._read, daemon=True)
+        reader.start()
+        with signals_to(self):
+            while self.mpiexec.poll() is None:
+                if self.first_s and time.monotonic() - self.first_s > _GRACE_S:
+                    self._end()
+                time.sleep(_POLL_S)
+        reader.join(_END_S)
+        for status in sorted(set(self.ended.values()) - set(_SPOKEN)):
+            ranks = [str(rank) for rank, other in sorted(self.ended.items()) if other == status]
+            say(f"ended with status {status}: rank {', '.join(ranks)}")
+        status = shell_status(self.mpiexec.returncode)
+        if self.ended or status == 0:
+            return max(self.ended.values(), default=0)
+        if self.ending:
+            return 128 + self.heard[-1]
+        raise FailedError(
+            f"mpiexec ended with status {status}, its own words are above: can each host be "
+            "reached by ssh without a password, and does it see this folder and this Python?"
+        )
+
+    def _read(self) -> None:
+        """Hand on what the ranks write, but for their shells' own lines."""
+        assert self.mpiexec.stderr is not None  # opened as a pipe
+        for line in self.mpiexec.stderr:
+            before, mark, told = line.partition(self.mark)
+            if mark and not self.ending:
+                rank, status = map(int, told.split()[:2])
+                self.ended[rank] = status
+                self.first_s = self.first_s or time.monotonic()
+            if not mark or before.strip():
+                sys.stderr.buffer.write(line if not mark else before + b"\n")
+                sys.stderr.buffer.flush()
+
+    def _end(self) -> None:
+        self.ending = True
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            self.mpiexec.send_signal(number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.mpiexec.wait(timeout=_END_S)
+                return
