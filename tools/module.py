@@ -61,7 +61,7 @@ def checked_prefix(text: str) -> Path:
     """The folder, absolute. Exits with one line where modules could not live there."""
     if not text:
         sys.exit("make module PREFIX=/folder: say where to, such as PREFIX=$HOME/knl or /opt/apps")
-    prefix = Path.cwd() / Path(text).expanduser()
+    prefix = Path(os.path.normpath(Path.cwd() / Path(text).expanduser()))
     if found := UNFIT.search(str(prefix)):
         sys.exit(
             f"PREFIX={text}: {found.group()!r} in a path cannot be written into every module file; "

@@ -30,11 +30,12 @@ exec nsenter --target "$pid" --net --uts --ipc --mount -- \\
 
 @dataclass(frozen=True)
 class Hosts:
-    """`inside`: what to put before a command to run it on the first, in the folder; `ssh`: the
-    stand-in, which notes in the folder's file `connected` what it was asked for."""
+    """`inside`: what to put before a command to run it on the first, in the folder `work`; `ssh`:
+    the stand-in, which notes in the file `connected` beside it what it was asked for."""
 
     inside: list[str]
     ssh: Path
+    work: Path
 
 
 @contextlib.contextmanager
@@ -58,7 +59,9 @@ def two_hosts(folder: Path) -> Iterator[Hosts]:
         ssh = folder / "ssh"
         ssh.write_text(SSH.format(folder=folder, mark="KNL_TEST_MARK=$KNL_TEST_MARK"))
         ssh.chmod(0o755)
-        yield Hosts([*_enter(pids[0])[:-1], f"--wdns={folder}", "--"], ssh)
+        work = folder / "a folder"
+        work.mkdir()
+        yield Hosts([*_enter(pids[0])[:-1], f"--wdns={work}", "--"], ssh, work)
 
 
 def _enter(pid: str) -> list[str]:

@@ -25,15 +25,14 @@ WHO = "echo rank $PMI_RANK $MPI_LOCALRANKID $(hostname) $(pwd) ${I_MPI_FABRICS-n
 
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two hosts")  # a blank in the path is on purpose
-    with two_hosts(folder) as both:
-        (folder / "hostfile").write_text("# the cluster\nhere\n\nthere:2  # two CPUs\n")
+    with two_hosts(tmp_path_factory.mktemp("hosts")) as both:
+        (both.work / "hostfile").write_text("# the cluster\nhere\n\nthere:2  # two CPUs\n")
         yield both
 
 
 @pytest.fixture
 def folder(hosts):
-    return hosts.ssh.parent
+    return hosts.work
 
 
 def on_hosts(hosts, *arguments):
@@ -56,7 +55,7 @@ def test_slots_say_how_many_ranks_start_on_which_host(hosts, folder):
     assert {(cwd, *rest) for *_, cwd, rest, pin in ranks for rest in [(rest, pin)]} == {
         (str(folder), "none", "0")
     }
-    assert "there" in (folder / "connected").read_text()
+    assert "there" in (hosts.ssh.parent / "connected").read_text()
 
 
 def test_digits_train_over_the_network_as_on_one_host(hosts, folder, single):
