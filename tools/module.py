@@ -60,7 +60,9 @@ def main() -> None:
 def checked_prefix(text: str) -> Path:
     """The folder, absolute. Exits with one line where modules could not live there."""
     if not text:
-        sys.exit("make module PREFIX=/folder: say where to, such as PREFIX=$HOME/knl or /opt/apps")
+        sys.exit(
+            "PREFIX is empty: say where to install, such as PREFIX=$HOME/knl or PREFIX=/opt/apps"
+        )
     prefix = Path(os.path.normpath(Path.cwd() / Path(text).expanduser()))
     if found := UNFIT.search(str(prefix)):
         sys.exit(
