@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import signal
@@ -16,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from knl.comm.watchdog import start_timeout
 from knl.errors import FailedError, InputError, say
 from knl.launch import UNPINNED, Mpi, find_mpi, mpi_environment, shell_status, signals_to
 
@@ -29,15 +31,18 @@ _OF_KIND = {
 # Open MPI hands on its own variables alone.
 _HANDED_ON = re.compile(r"(KNL|OMP|KMP|GOMP|CCL|FI|MPI4PY|MALLOC|PYTHON)_?\w*|(LD_LIBRARY_)?PATH")
 _GRACE_S = 5.0  # for the other ranks to end by themselves when one has failed
-_END_S = 10.0
+_END_S = 5.0
 _POLL_S = 0.1
-# mpiexec does not tell how each rank ended, and its own status depends on who ended first; so a
-# shell around the rank tells. It outlives the signal, which goes to the whole group.
+# mpiexec does not tell how each rank ended, its own status depends on who ended first, and Intel's
+# of 2021.8 waits for ever for a host that ssh does not reach; so a shell around the rank tells. It
+# outlives the signal, which goes to the whole group.
 _TELL = """\
 trap : USR1
+rank=${{PMI_RANK-$OMPI_COMM_WORLD_RANK}}
+echo "{mark} $rank started" >&2
 "$@"
 status=$?
-[ $status = 0 ] || echo "{mark} ${{PMI_RANK-$OMPI_COMM_WORLD_RANK}} $status" >&2
+[ $status = 0 ] || echo "{mark} $rank $status" >&2
 exit $status
 """
 _SPOKEN = (1, 2, 75)  # statuses with which a rank has said why
@@ -112,6 +117,7 @@ def run_on_hosts(
     SIGTERM or SIGINT ends the ranks. Raises InputError when there is no MPI, FailedError when
     mpiexec does not start the ranks.
     """
+    limit_s = start_timeout()
     mpi = find_mpi(environment)
     kind = _kind(mpi)
     wanted = {**UNPINNED, **_OF_KIND[kind], **environment, **mpi_environment(environment)}
@@ -136,7 +142,8 @@ def run_on_hosts(
         except OSError as error:
             raise FailedError(f"{mpi.mpiexec} does not start: {error.strerror}") from None
         with process:
-            return _Job(process, mark.encode()).wait()
+            on = [host.name for host in hosts for _ in range(host.slots)]
+            return _Job(process, mark.encode(), on, limit_s).wait()
 
 
 def _kind(mpi: Mpi) -> str:
@@ -165,6 +172,9 @@ class _Job:
 
     mpiexec: subprocess.Popen[bytes]
     mark: bytes
+    hosts: Sequence[str]  # of each rank
+    limit_s: float  # in which all ranks start
+    started: set[int] = field(default_factory=set)
     ended: dict[int, int] = field(default_factory=dict)  # status by rank, of those that failed
     heard: list[int] = field(default_factory=list)
     first_s: float = 0.0  # when the first one failed
@@ -181,12 +191,22 @@ class _Job:
         """The job's exit status."""
         reader = threading.Thread(target=self._read, daemon=True)
         reader.start()
+        began, late = time.monotonic(), ""
         with signals_to(self):
             while self.mpiexec.poll() is None:
+                if not self.ending and time.monotonic() - began > self.limit_s:
+                    if late := self._not_started():
+                        self._end()
+                    began = math.inf
                 if self.first_s and time.monotonic() - self.first_s > _GRACE_S:
                     self._end()
                 time.sleep(_POLL_S)
         reader.join(_END_S)
+        if late:
+            raise FailedError(
+                f"no rank has started in {self.limit_s:g} s (KNL_START_TIMEOUT_S) on {late}: can "
+                "each host be reached by ssh without a password, and does it see this folder?"
+            )
         for status in sorted(set(self.ended.values()) - set(_SPOKEN)):
             ranks = [str(rank) for rank, other in sorted(self.ended.items()) if other == status]
             say(f"ended with status {status}: rank {', '.join(ranks)}")
@@ -206,12 +226,21 @@ class _Job:
         for line in self.mpiexec.stderr:
             before, mark, told = line.partition(self.mark)
             if mark and not self.ending:
-                rank, status = map(int, told.split()[:2])
-                self.ended[rank] = status
-                self.first_s = self.first_s or time.monotonic()
+                rank, what = told.split()[:2]
+                if what == b"started":
+                    self.started.add(int(rank))
+                else:
+                    self.ended[int(rank)] = int(what)
+                    self.first_s = self.first_s or time.monotonic()
             if not mark or before.strip():
                 sys.stderr.buffer.write(line if not mark else before + b"\n")
                 sys.stderr.buffer.flush()
+
+    def _not_started(self) -> str:
+        """Hosts of ranks that have not started; mpiexec may start none where it lacks one host."""
+        late = [host for rank, host in enumerate(self.hosts) if rank not in self.started]
+        names = list(dict.fromkeys(late))
+        return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
     def _end(self) -> None:
         self.ending = True
