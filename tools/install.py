@@ -73,7 +73,7 @@ def install(venv: Path, stack: str, extras: list[str], *, editable: bool = True)
     if free < ROOM_GB[stack]:
         sys.exit(
             f"{venv.parent}: {free:.1f} GB free, the {stack} stack needs {ROOM_GB[stack]} GB; "
-            "free some, or choose another place with make VENV=/path"
+            "free some, or choose another place with make VENV=/path (PREFIX=/path of a module)"
         )
     print(f"installing the {stack} stack into {venv} (a minute or two)", file=sys.stderr)
     if not (venv / "bin" / "python").exists():

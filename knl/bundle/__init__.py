@@ -23,7 +23,7 @@ from knl.bundle.archive import write_archive
 from knl.bundle.contents import FOLDER, Contents, collect
 from knl.bundle.environment import Environment, environment_here
 from knl.bundle.try_out import Proof, try_out
-from knl.errors import FailedError, InputError
+from knl.errors import FailedError, InputError, say
 from knl.files import replace_file
 
 _SMALLEST_PART = 0.5  # that gzip leaves of libraries and byte code: 0.35 to 0.4 was measured
@@ -60,6 +60,7 @@ def write_bundle(out: Path, variables: Mapping[str, str]) -> Bundle:
     if not out.parent.is_dir():
         raise InputError(f"--out {out}: there is no folder {out.parent}; make it first")
     environment = environment_here()
+    say(f"packing {environment.prefix}")
     with tempfile.TemporaryDirectory(prefix="knl-bundle-") as scratch:
         contents = collect(environment, Path(scratch))
         _require_room(out.parent, contents.size * _SMALLEST_PART, "--out chooses another place")
@@ -97,6 +98,7 @@ def _write(
             task = bar.add_task(out.name, total=round(contents.size / 1e6))
             write_archive(file, contents.entries, lambda n: bar.advance(task, n / 1e6))
         file.flush()
+        say(f"trying it out below {scratch.parent}")
         unpacked = scratch / "unpacked"
         unpacked.mkdir()
         proof = try_out(Path(file.name), unpacked, environment, variables)

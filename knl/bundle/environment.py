@@ -66,12 +66,14 @@ class Environment:
 def environment_here() -> Environment:
     """The one of this process. Raises InputError for one that cannot be packed."""
     prefix, base = Path(sys.prefix), Path(sys.base_prefix)
-    packages = Path(sysconfig.get_path("purelib"))
-    home = Path(str(metadata.distribution("knl").locate_file("")))
     cure = "install knl into a virtual environment (make demo does) and call that one's knl"
+    try:
+        home = Path(str(metadata.distribution("knl").locate_file(""))).resolve()
+    except metadata.PackageNotFoundError:
+        raise InputError(f"knl is not installed, it runs from its source: {cure}") from None
     if prefix in (Path("/usr"), Path("/usr/local")):
         raise InputError(f"{prefix} is the whole system, not an environment: {cure}")
-    if prefix.resolve() not in home.resolve().parents:
+    if prefix.resolve() not in home.parents:
         raise InputError(f"knl is in {home}, outside the environment {prefix}: {cure}")
     if "true" in _setting(prefix / "pyvenv.cfg", "include-system-site-packages"):
         raise InputError(
@@ -82,6 +84,7 @@ def environment_here() -> Environment:
     lines = _ask([str(executable), "-I", "-c", _ASK_BASE]).splitlines()
     searched = [Path(line.split(" ", 1)[1]) for line in lines if line.startswith("packages ")]
     libraries = [Path(line) for line in lines if line.startswith(f"{base}/")]
+    packages = prefix / home.relative_to(prefix.resolve())
     stdlib = Path(sysconfig.get_path("stdlib"))
     return Environment(
         prefix=prefix,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import subprocess
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from knl.bundle.contents import FOLDER
 from knl.bundle.environment import SYSTEM, Environment
+from knl.children import child
 from knl.errors import FailedError
 
 _TIMEOUT_S = 300.0
@@ -40,21 +42,18 @@ def try_out(
     if unpacking.returncode != 0:
         raise FailedError(f"{folder}: tar -xzf failed: {_last(unpacking.stderr)}")
     root = folder.resolve() / FOLDER
-    try:
-        done = subprocess.run(
-            [str(root / "bin" / "python"), "-m", "knl.bundle.proof"],
-            cwd=folder,
-            env=_elsewhere(variables, environment, folder),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=_TIMEOUT_S,
-        )
-    except subprocess.TimeoutExpired:
-        raise FailedError(f"the bundle does not train a step in {_TIMEOUT_S:.0f} s") from None
-    if done.returncode != 0:
-        raise FailedError(f"the bundle does not run, so it was not written: {_last(done.stderr)}")
-    report = json.loads(done.stdout)
+    command = [str(root / "bin" / "python"), "-m", "knl.bundle.proof"]
+    kept = _elsewhere(variables, environment, folder)
+    with tempfile.TemporaryFile() as errors, child(command, kept, folder, errors) as process:
+        try:
+            told, _ = process.communicate(timeout=_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            raise FailedError(f"the bundle does not train a step in {_TIMEOUT_S:.0f} s") from None
+        errors.seek(0)
+        last = _last(errors.read().decode(errors="replace"))
+    if process.returncode != 0:
+        raise FailedError(f"the bundle does not run, so it was not written: {last}")
+    report = json.loads(told)
     return Proof(report["ranks"], report["provider"], _outside(report["files"], root, environment))
 
 
