@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import re
 import signal
@@ -123,7 +122,7 @@ def run_on_hosts(
     wanted = {**UNPINNED, **_OF_KIND[kind], **environment, **mpi_environment(environment)}
     for name in [name for name in wanted if name.startswith("PMI")]:
         del wanted[name]  # of an outer launch
-    mark = f"knl-rank-ended-{uuid.uuid4().hex}"
+    mark = f"knl-rank-{uuid.uuid4().hex}"
     rank = ["sh", "-c", _TELL.format(mark=mark), "sh", sys.executable, "-m", "knl", "run"]
     with tempfile.NamedTemporaryFile("w", prefix="knl-hosts-", encoding="utf-8") as file:
         form = "{} slots={}\n" if kind == "openmpi" else "{}:{}\n"
@@ -142,8 +141,7 @@ def run_on_hosts(
         except OSError as error:
             raise FailedError(f"{mpi.mpiexec} does not start: {error.strerror}") from None
         with process:
-            on = [host.name for host in hosts for _ in range(host.slots)]
-            return _Job(process, mark.encode(), on, limit_s).wait()
+            return _Job(process, mark, limit_s).wait()
 
 
 def _kind(mpi: Mpi) -> str:
@@ -171,10 +169,9 @@ class _Job:
     """Ranks below `mpiexec`, and what their shells tell behind `mark` on its stderr."""
 
     mpiexec: subprocess.Popen[bytes]
-    mark: bytes
-    hosts: Sequence[str]  # of each rank
-    limit_s: float  # in which all ranks start
-    started: set[int] = field(default_factory=set)
+    mark: str
+    limit_s: float  # in which ranks start
+    started: bool = False
     ended: dict[int, int] = field(default_factory=dict)  # status by rank, of those that failed
     heard: list[int] = field(default_factory=list)
     first_s: float = 0.0  # when the first one failed
@@ -191,56 +188,47 @@ class _Job:
         """The job's exit status."""
         reader = threading.Thread(target=self._read, daemon=True)
         reader.start()
-        began, late = time.monotonic(), ""
+        began = time.monotonic()
         with signals_to(self):
             while self.mpiexec.poll() is None:
-                if not self.ending and time.monotonic() - began > self.limit_s:
-                    if late := self._not_started():
-                        self._end()
-                    began = math.inf
+                if not self.started and time.monotonic() - began > self.limit_s:
+                    self._end()
                 if self.first_s and time.monotonic() - self.first_s > _GRACE_S:
                     self._end()
                 time.sleep(_POLL_S)
         reader.join(_END_S)
-        if late:
-            raise FailedError(
-                f"no rank has started in {self.limit_s:g} s (KNL_START_TIMEOUT_S) on {late}: can "
-                "each host be reached by ssh without a password, and does it see this folder?"
-            )
         for status in sorted(set(self.ended.values()) - set(_SPOKEN)):
             ranks = [str(rank) for rank, other in sorted(self.ended.items()) if other == status]
             say(f"ended with status {status}: rank {', '.join(ranks)}")
         status = shell_status(self.mpiexec.returncode)
-        if self.ended or status == 0:
-            return max(self.ended.values(), default=0)
-        if self.ending:
+        if self.ended:
+            return max(self.ended.values())
+        if self.heard and status != 0:
             return 128 + self.heard[-1]
-        raise FailedError(
-            f"mpiexec ended with status {status}, its own words are above: can each host be "
-            "reached by ssh without a password, and does it see this folder and this Python?"
-        )
+        if not self.started:
+            limit = f" in {self.limit_s:g} s (KNL_START_TIMEOUT_S)" if self.ending else ""
+            raise FailedError(
+                f"no rank has started{limit}: can each host of the hostfile be reached by ssh "
+                "without a password, and does it have this folder and this Python?"
+            )
+        return status
 
     def _read(self) -> None:
         """Hand on what the ranks write, but for their shells' own lines."""
         assert self.mpiexec.stderr is not None  # opened as a pipe
+        told = re.compile(
+            rf"(\[[\d,]+\](<stderr>:)?\s*)?{self.mark} (\d+) (started|\d+)\s*".encode()
+        )
         for line in self.mpiexec.stderr:
-            before, mark, told = line.partition(self.mark)
-            if mark and not self.ending:
-                rank, what = told.split()[:2]
-                if what == b"started":
-                    self.started.add(int(rank))
-                else:
+            for _, _, rank, what in told.findall(line):
+                self.started = True
+                if what != b"started" and not self.ending:
                     self.ended[int(rank)] = int(what)
                     self.first_s = self.first_s or time.monotonic()
-            if not mark or before.strip():
-                sys.stderr.buffer.write(line if not mark else before + b"\n")
-                sys.stderr.buffer.flush()
-
-    def _not_started(self) -> str:
-        """Hosts of ranks that have not started; mpiexec may start none where it lacks one host."""
-        late = [host for rank, host in enumerate(self.hosts) if rank not in self.started]
-        names = list(dict.fromkeys(late))
-        return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+            if rest := told.sub(b"", line):
+                with contextlib.suppress(OSError):  # `| head` has read enough
+                    sys.stderr.buffer.write(rest)
+                    sys.stderr.buffer.flush()
 
     def _end(self) -> None:
         self.ending = True

@@ -33,7 +33,7 @@ _OWN_SHEBANG = re.compile(rb"#!.*/python[\d.]*\n|#!/bin/sh\n'''exec' .*\n' '''\n
 _WORTH_A_LINK = 64 << 10
 # Of a conda installation: its store and its other environments.
 _NOT_ITS_OWN = ("pkgs", "envs")
-_ACTIVATE = ("activate", "Activate.ps1")
+_ACTIVATE = ("bin/activate", "bin/Activate.ps1")
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def collect(environment: Environment, scratch: Path) -> Contents:
     compiles = (environment.packages / "torch" / "_inductor").is_dir()
     contents = Contents()
     for name, source in sorted(found.items()):
-        why = TOOLS if source in not_needed or name.name.startswith(_ACTIVATE) else ""
+        why = TOOLS if source in not_needed or str(name).startswith(_ACTIVATE) else ""
         why = why or (ELSEWHERE if _points_elsewhere(source, environment) else "")
         loaded = source.resolve() in environment.loaded
         why = why or reason(name, compiles=compiles, loaded=loaded)

@@ -23,7 +23,7 @@ _GPU = re.compile(
     r"|/lib(omptarget|ur_|pi_level|sycl|cu|nv|nccl|c10_cuda|torch_cuda|caffe2_nv)[^/]*\.so"
 )
 _STATIC = re.compile(r"\.(a|o|la|dbg)$")
-_HEADERS = re.compile(r"\.(h|hpp|hh|inc|cuh|pxd|pyx)$|^(include|share)/|/pkgconfig/|/cmake/")
+_HEADERS = re.compile(r"\.(h|hpp|cuh|pxd|pyx)$|^include/|/pkgconfig/|/cmake/")
 _DOCUMENTS = re.compile(r"^(share|etc/conda|conda-meta|man)/|\.jar$")
 # torch.compile writes C++ and compiles it.
 _TORCH_HEADERS = re.compile(r"/torch/include/")
