@@ -101,6 +101,14 @@ def test_where_a_rank_is_killed_the_others_are_ended(hosts):
     assert "knl: ended with status 137: rank 1" in done.stderr.splitlines()
 
 
+def test_a_rank_that_stops_first_leaves_the_others_time(hosts, folder):
+    """Rank 0 may be at its checkpoint; mpiexec left to itself would kill it."""
+    script = f"[ $PMI_RANK = 1 ] || {{ sleep 2; touch '{folder}/written'; }}; exit 75"
+    command = on_hosts(hosts, "-n", "1", "--", "sh", "-c", script)
+    assert run(command, **by_intel(hosts)).returncode == 75
+    assert (folder / "written").exists()
+
+
 def test_a_host_that_is_not_there_is_told_with_the_cure(hosts, folder):
     (folder / "wrong").write_text("here\nnowhere\n")
     command = [*hosts.inside, *knl("run", "--hostfile", "wrong", "-n", "1", "--", "true")]
