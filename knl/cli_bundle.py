@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import typer
@@ -30,5 +31,7 @@ def bundle(
         raise InputError(
             f"--out {out}: is a folder; name a file in it, such as {out}/knl-env.tar.gz"
         )
+    for number in (signal.SIGTERM, signal.SIGHUP):  # leave no half archive, as at Ctrl-C
+        signal.signal(number, signal.default_int_handler)
     written = write_bundle(out, os.environ)
     print(json.dumps(written.to_json()) if as_json else describe(written))
