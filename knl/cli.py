@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NoReturn, Optional
 
 import typer
 
-from knl import __version__, cli_bench, cli_bundle, cli_checkpoint, cli_data, cli_node
+from knl import __version__, cli_bench, cli_bundle, cli_checkpoint, cli_data, cli_node, cli_slurm
 from knl.comm.watchdog import end_job
 from knl.comm.world import SINGLE, Provider, World, world_from
 from knl.errors import FailedError, InputError, KnlError, say
@@ -161,7 +161,7 @@ def train(
         _train_as_launcher(ranks, request)
 
 
-for command in cli_node.COMMANDS:
+for command in (*cli_node.COMMANDS, *cli_slurm.COMMANDS):
     app.command()(command)
 app.command()(cli_bundle.bundle)
 app.add_typer(cli_bench.app)

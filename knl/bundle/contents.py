@@ -127,11 +127,12 @@ def _moved(name: Path, environment: Environment) -> Path:
     return environment.packages_to / name.relative_to(old) if old in name.parents else name
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    """Files and links below a folder, links not followed."""
-    for here, folders, files in os.walk(folder):
+def _walk(folder: Path, *, follow: bool = False) -> Iterator[Path]:
+    """Files below a folder, and links to folders, which are followed or given."""
+    for here, folders, files in os.walk(folder, followlinks=follow):
         yield from (Path(here, name) for name in files)
-        yield from (Path(here, name) for name in folders if Path(here, name).is_symlink())
+        links = [] if follow else [name for name in folders if Path(here, name).is_symlink()]
+        yield from (Path(here, name) for name in links)
 
 
 def _own_package(environment: Environment, scratch: Path) -> dict[PurePosixPath, Path]:
@@ -139,7 +140,7 @@ def _own_package(environment: Environment, scratch: Path) -> dict[PurePosixPath,
     from them in part."""
     found: dict[PurePosixPath, Path] = {}
     for folder in map(Path, reversed(knl.__path__)):
-        for source in _walk(folder):
+        for source in _walk(folder, follow=True):  # its templates lie beside it in the source
             if source.suffix not in (".pyc", ".cpp", ".h"):
                 path = environment.packages_to / "knl" / source.relative_to(folder)
                 found[PurePosixPath(path)] = source
