@@ -171,6 +171,7 @@ def test_knl_s_own_byte_code_is_the_same_each_time(environment, tmp_path):
         kept.append({str(path): source.read_bytes() for path, source in own.items()})
     assert kept[0] == kept[1]
     assert f"{SITE}/knl/recipes/digits.toml" in kept[0]
+    assert f"{SITE}/knl/slurm/jobs/train.sbatch" in kept[0]
     assert f"{SITE}/knl/native/libknl_kernels.so" in kept[0]
     assert f"{SITE}/knl/__pycache__/cli.{TAG}.pyc" in kept[0]
 

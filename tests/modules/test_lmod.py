@@ -192,6 +192,7 @@ def test_what_make_module_installs_needs_the_source_no_more(tmp_path):
     assert done.returncode == 0, done.stderr
     assert (packages / "knl" / "native" / "libknl_kernels.so").exists()
     assert (packages / "knl" / "recipes" / "digits.toml").exists()
+    assert (packages / "knl" / "slurm" / "jobs" / "train.sbatch").exists()
     script = (
         "module load knl && knl train digits --set train.steps=1 --profile none --run-dir r && "
     )
