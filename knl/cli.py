@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NoReturn, Optional
 
 import typer
 
-from knl import __version__, cli_bench, cli_checkpoint, cli_data, cli_node, cli_slurm
+from knl import __version__, cli_bench, cli_bundle, cli_checkpoint, cli_data, cli_node, cli_slurm
 from knl.comm.watchdog import end_job
 from knl.comm.world import SINGLE, Provider, World, world_from
 from knl.errors import FailedError, InputError, KnlError, say
@@ -35,6 +35,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point: every KnlError ends as one line on stderr and its exit code."""
+    _forget_threads_of_module()
     try:
         app()
     except KnlError as error:
@@ -50,6 +51,13 @@ def main() -> None:
             FailedError.exit_code,
             shared=False,
         )
+
+
+def _forget_threads_of_module() -> None:
+    """The knl module sets OMP_NUM_THREADS for other programs, and says so: it is not the user's."""
+    threads = os.environ.pop("KNL_MODULE_OMP_NUM_THREADS", None)
+    if threads is not None and threads == os.environ.get("OMP_NUM_THREADS"):
+        del os.environ["OMP_NUM_THREADS"]
 
 
 def _print_version(wanted: bool) -> None:
@@ -155,6 +163,7 @@ def train(
 
 for command in (*cli_node.COMMANDS, *cli_slurm.COMMANDS):
     app.command()(command)
+app.command()(cli_bundle.bundle)
 app.add_typer(cli_bench.app)
 app.add_typer(cli_data.app)
 app.add_typer(cli_checkpoint.app)
