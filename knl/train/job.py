@@ -217,6 +217,12 @@ def _load(name: str, overrides: Sequence[str], size: int) -> Recipe:
         raise InputError(
             f"train.compile = true: torch {torch.__version__} has no torch.compile, which needs 2.0"
         )
+    return resolved(recipe)
+
+
+def resolved(recipe: Recipe) -> Recipe:
+    """With what the plan says where the recipe leaves it open. Raises InputError for a wrong
+    KNL_BUCKET_MB."""
     train, comm = recipe.train, recipe.comm
     if train.layout == "auto":
         layout = os.environ.get("KNL_LAYOUT", "channels_last")

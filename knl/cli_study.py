@@ -1,0 +1,104 @@
+"""`knl scale run` and `knl report`: measure a study, draw a run or a study."""
+
+from __future__ import annotations
+
+import json
+import os
+from datetime import datetime
+from pathlib import Path
+from typing import Optional
+
+import typer
+
+from knl.errors import InputError
+
+_JSON = typer.Option(False, "--json", help="Print one JSON object on stdout.")
+
+
+def run(
+    recipe: str = typer.Argument(help="Name of a recipe, or path of a TOML file."),
+    ranks: Optional[str] = typer.Option(
+        None, help="Numbers of ranks of this machine, which stand for nodes: 1,2,4."
+    ),
+    nodes: Optional[str] = typer.Option(
+        None, help="Numbers of nodes of the Slurm job that this is started in: 1,2,4."
+    ),
+    steps: int = typer.Option(10, min=1, help="Steps to time of each point, after two to warm up."),
+    repetitions: int = typer.Option(2, min=1, help="Times that all points are measured, in turn."),
+    out: Optional[Path] = typer.Option(
+        None, help="Folder of the study, which goes on there; studies/RECIPE-TIME if not given."
+    ),
+    strong: bool = typer.Option(
+        False, "--strong", help="Keep the recipe's global batch; else each node has one lane's."
+    ),
+    made_up: bool = typer.Option(
+        False, "--synthetic", help="Made-up pictures of the recipe's size, not its data."
+    ),
+    overrides: list[str] = typer.Option(
+        [], "--set", metavar="KEY=VALUE", help="Override a key of the recipe; repeatable."
+    ),
+    as_json: bool = _JSON,
+) -> None:
+    """Measure training steps of a recipe on several numbers of nodes.
+
+    Example: knl scale run resnet50-bench --ranks 1,2 --steps 5
+
+    Each point is a training of its own, warmed up; its ranks time their parts of every step. In a
+    Slurm job give --nodes; its tasks a node are the ranks of a node. What was measured stays when
+    the study is cut: the same command with the same --out goes on.
+    """
+    from knl.cli_node import refuse_under_plan
+    from knl.config import load_recipe
+    from knl.scaling.describe import describe, to_json
+    from knl.scaling.run import Wanted, measure, synthetic
+
+    refuse_under_plan("knl scale run")
+    if (ranks is None) == (nodes is None):
+        raise InputError(
+            "which numbers? give --ranks 1,2,4 for ranks of this machine, or --nodes 1,2,4 in a "
+            "Slurm job"
+        )
+    counts = numbers(ranks or nodes or "", "--ranks" if ranks else "--nodes")
+    per_node = _tasks_per_node(max(counts)) if nodes else 1
+    found = load_recipe(recipe, overrides)
+    wanted = Wanted(
+        synthetic(found) if made_up else found,
+        counts,
+        per_node,
+        steps,
+        repetitions,
+        strong,
+        nodes is not None,
+        os.environ.get("KNL_SITE"),
+    )
+    folder = out or Path("studies") / f"{found.name}-{datetime.now():%Y%m%d-%H%M%S-%f}"
+    study = measure(wanted, folder, os.environ)
+    print(json.dumps(to_json(study, folder)) if as_json else describe(study, folder))
+
+
+def numbers(text: str, option: str) -> tuple[int, ...]:
+    """ "1,2,4", each once, ascending. Raises InputError naming the option."""
+    try:
+        found = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        found = []
+    if not found or found[0] < 1:
+        raise InputError(f"{option} {text}: must be whole numbers from 1 on, such as 1,2,4")
+    return tuple(found)
+
+
+def _tasks_per_node(most: int) -> int:
+    """Of the Slurm job around. Raises InputError where there is none, or it has fewer nodes."""
+    environment = os.environ
+    have = environment.get("SLURM_JOB_NUM_NODES", "")
+    if not have.isdigit():
+        raise InputError(
+            f"--nodes {most}: this is not in a Slurm job: start it there (knl scale submit writes "
+            "one), or give --ranks for ranks of this machine"
+        )
+    if int(have) < most:
+        raise InputError(f"--nodes {most}: this job has {have} node(s); ask Slurm for more")
+    tasks = environment.get("SLURM_NTASKS_PER_NODE") or ""
+    if not tasks.isdigit():
+        tasks = str(int(environment.get("SLURM_NTASKS") or have) // int(have))
+    return max(1, int(tasks))
