@@ -10,6 +10,11 @@ import msgspec
 from knl.scaling.breakdown import MEANING, PARTS
 from knl.scaling.study import WORDS, Study, rows_of
 
+_TITLES = (
+    f"{'nodes':>6}{'batch':>8}{'s a step':>10}{'images/s':>11}{'(least to greatest)':>24}"
+    f"{'speed-up':>10}{'ideal':>7}{'efficiency':>12}"
+)
+
 
 def where(study: Study) -> str:
     """On what it was measured, in a sentence: ranks of one machine are no nodes."""
@@ -30,8 +35,7 @@ def describe(study: Study, folder: Path) -> str:
     """The table, the breakdown, what failed, and the words."""
     lines = [f"{study.recipe}, {study.scaling} scaling: {WORDS[f'{study.scaling} scaling']}"]
     lines += [where(study)] if where(study) else []
-    lines += ["", f"{'nodes':>6}{'batch':>8}{'s a step':>10}{'images/s':>11}{'(least to greatest)':>24}"
-              f"{'speed-up':>10}{'ideal':>7}{'efficiency':>12}"]  # fmt: skip
+    lines += ["", _TITLES]
     rows = rows_of(study)
     for row in rows:
         span = f"({row.images_per_s_low:,.1f} to {row.images_per_s_high:,.1f})"

@@ -22,7 +22,14 @@ from knl.errors import FailedError, InputError, say
 from knl.launch import mpi_environment, ranks_command
 from knl.profile import pixels_of
 from knl.scaling.study import (
-    SCHEMA, STUDY, Point, Study, load_study, point_file, read_folder, require_same, save_study,
+    STUDY,
+    Point,
+    Study,
+    load_study,
+    point_file,
+    read_folder,
+    require_same,
+    save_study,
 )  # fmt: skip
 from knl.sysfs import read_topology
 
@@ -120,7 +127,6 @@ def cores_per_rank(ranks: int) -> int:
 
 def _header(wanted: Wanted, cores: int | None) -> Study:
     return Study(
-        schema=SCHEMA,
         recipe=wanted.recipe.name,
         recipe_toml=to_toml(wanted.recipe),
         site=wanted.site,
@@ -181,15 +187,14 @@ def _measured(
             measured = _follow(command, variables, stderr, what)
     except FailedError as error:
         say(f"{what}: failed: {error}")
-        return msgspec.structs.replace(header, points=(Point(**facts, failed=str(error)),))
+        point = msgspec.convert({**facts, "failed": str(error)}, Point)
+        return msgspec.structs.replace(header, points=(point,))
     images_per_s = recipe.global_batch / measured["step_s"]["median"]
     say(f"{what}: {measured['step_s']['median']:.3g} s a step, {images_per_s:,.1f} images/s")
     point = msgspec.convert({**facts, **measured, "images_per_s": images_per_s}, Point)
     of_study = {key: measured[key] for key in ("hardware", "stack", "parameters")}
     of_study |= {key: measured[key] for key in ("tensors", "buckets", "forward_s", "backward_s")}
-    return msgspec.convert(
-        {**msgspec.to_builtins(header), **of_study, "points": [point]}, Study
-    )
+    return msgspec.convert({**msgspec.to_builtins(header), **of_study, "points": [point]}, Study)
 
 
 def _follow(
@@ -253,5 +258,3 @@ def _allowed(cpus: set[int] | None) -> Iterator[None]:
         yield
     finally:
         os.sched_setaffinity(0, before)
-
-

@@ -20,7 +20,6 @@ from knl.errors import FailedError, InputError
 from knl.files import replace_file
 from knl.scaling.breakdown import PARTS
 
-SCHEMA = 1
 STUDY = "study.json"
 _ONE_OF_A_STUDY = ("recipe", "recipe_toml", "scaling", "cores_per_rank")
 WORDS = {
@@ -99,7 +98,7 @@ class Study(msgspec.Struct, frozen=True, kw_only=True):
     a cluster. `forward_s`, `backward_s`: of one lane, by rank 0 of the baseline, from which
     `tensors` and `buckets` are, too, in the order of backward; `parameters`: how many weights."""
 
-    schema: Literal[1]
+    schema: Literal[1] = 1
     recipe: str
     recipe_toml: str
     site: Optional[str]
@@ -180,9 +179,7 @@ def _contradiction(point: Point) -> str:
         return "step_s, images_per_s and breakdown must be there, or failed must say why not"
     if missing := [part for part in PARTS if part not in point.breakdown]:
         return f"breakdown has no {', '.join(missing)}"
-    if not math.isclose(
-        point.images_per_s * point.step_s.median, point.global_batch, rel_tol=0.01
-    ):
+    if not math.isclose(point.images_per_s * point.step_s.median, point.global_batch, rel_tol=0.01):
         return f"images_per_s = {point.images_per_s:g}: must be global_batch over step_s.median"
     return ""
 

@@ -34,6 +34,7 @@ from knl.train.saver import Saver
 from knl.train.staging import Staged, stage_on_nodes
 from knl.train.state import places, put_back, require_fit
 from knl.train.trainer import Trainer, set_interop_threads
+from knl.train.where import placement_of
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,8 @@ class _Job:
         self, trainer: Trainer, folder: RunDirectory | None, hosts: list[str], progress: Progress
     ) -> Outcome:
         steps = self.request.max_steps
-        environment = environment_of(trainer.ranks, hosts)
+        placement = placement_of(self.world, self.bootstrap)
+        environment = {**environment_of(trainer.ranks, hosts), "placement": placement}
         with on_loader_cpus():
             together(
                 self.bootstrap,
