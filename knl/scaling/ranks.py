@@ -59,9 +59,7 @@ def _measure(wanted: dict[str, Any], tell: Callable[..., None]) -> None:
     set_interop_threads()
     world = world_from(os.environ)
     if world.size != wanted["ranks"]:
-        raise FailedError(
-            f"{wanted['ranks']} rank(s) were to start, the launcher made {world.size}"
-        )
+        raise FailedError(f"{wanted['ranks']} rank(s) were asked for, {world.size} came")
     bootstrap = open_bootstrap(world)
     recipe = together(bootstrap, lambda: resolved(msgspec.convert(wanted["recipe"], Recipe)))
     ranks = open_ranks(world, bootstrap, "auto", recipe.comm.timeout_s)

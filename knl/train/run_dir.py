@@ -75,12 +75,8 @@ class RunDirectory:
         """Begin to write behind `step`: rows of later steps were never covered by a checkpoint."""
         try:
             self.checkpoints.mkdir(exist_ok=True)
-            for name in (
-                _METRICS,
-                _TRUST,
-                _RECIPE,
-                "environment.json",
-            ):  # of a start that was killed
+            # What a start that was killed has left.
+            for name in (_METRICS, _TRUST, _RECIPE, "environment.json"):
                 for path in self.path.glob(f".{name}.{'[0-9a-f]' * 32}"):
                     path.unlink()
             _replace(self.path / _RECIPE, to_toml(recipe))
