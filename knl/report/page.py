@@ -168,7 +168,7 @@ def _figure(plot: Plot) -> str:
         f'<a href="plots/{escape(plot.name)}.{kind}">{kind.upper()}</a>' for kind in ("svg", "png")
     )
     return (
-        f'<figure{" class=wide" if plot.wide else ""}>'
+        f"<figure{' class=wide' if plot.wide else ''}>"
         f'<img alt="{escape(plot.caption)}" src="data:image/svg+xml;base64,{image}">'
         f"<figcaption>{escape(plot.caption)} {links}</figcaption></figure>"
     )

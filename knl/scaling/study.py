@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
 from typing import Annotated, Any, Literal, Optional
 
 import msgspec
@@ -115,8 +113,9 @@ class Study(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Row(msgspec.Struct, frozen=True):
-    """All repetitions on one number of nodes: medians over them, and the least and the greatest
-    images/s. `speed_up`, `ideal`, `efficiency`: see WORDS."""
+    """One number of nodes: its middle repetition (of an even number, the faster of the two in the
+    middle), and the least and the greatest images/s of all. `speed_up`, `ideal`, `efficiency`: see
+    WORDS."""
 
     nodes: int
     ranks: int
@@ -218,31 +217,25 @@ def rows_of(study: Study) -> list[Row]:
             by_nodes.setdefault(point.nodes, []).append(point)
     rows: list[Row] = []
     for nodes, points in sorted(by_nodes.items()):
-        speeds = [point.images_per_s or 0.0 for point in points]
-        speed = median(speeds)
+        points.sort(key=lambda point: -(point.images_per_s or 0.0))
+        middle = points[(len(points) - 1) // 2]
+        speed = middle.images_per_s or 0.0
         first_speed = rows[0].images_per_s if rows else speed
         ideal = nodes / rows[0].nodes if rows else 1.0
         rows.append(
             Row(
                 nodes=nodes,
-                ranks=points[0].ranks,
-                global_batch=points[0].global_batch,
+                ranks=middle.ranks,
+                global_batch=middle.global_batch,
                 repetitions=len(points),
-                step_s=points[0].global_batch / speed,
+                step_s=middle.global_batch / speed,
                 images_per_s=speed,
-                images_per_s_low=min(speeds),
-                images_per_s_high=max(speeds),
+                images_per_s_low=points[-1].images_per_s or 0.0,
+                images_per_s_high=points[0].images_per_s or 0.0,
                 speed_up=speed / first_speed,
                 ideal=ideal,
                 efficiency=speed / first_speed / ideal,
-                breakdown=_mean_breakdown(points),
+                breakdown=middle.breakdown or {},
             )
         )
     return rows
-
-
-def _mean_breakdown(points: Sequence[Point]) -> dict[str, float]:
-    return {
-        part: sum((point.breakdown or {}).get(part, 0.0) for point in points) / len(points)
-        for part in PARTS
-    }
