@@ -76,6 +76,31 @@ def run(
     print(json.dumps(to_json(study, folder)) if as_json else describe(study, folder))
 
 
+def report(
+    folder: Path = typer.Argument(
+        metavar="DIR", help="A run directory of knl train, or a study's folder of knl scale run."
+    ),
+    as_json: bool = _JSON,
+) -> None:
+    """Draw a run or a study: report.html, plots as SVG and PNG, tables as CSV, all in its folder.
+
+    Example: knl report runs/digits-20260131-120000
+
+    The page is one file that needs no network. It ends with the findings that matter most.
+    """
+    from knl.report.command import report as write
+
+    result = write(folder)
+    if as_json:
+        print(json.dumps(result))
+        return
+    for notice in result["notices"]:
+        print(notice)
+    for finding in result["findings"]:
+        print(f"- {finding['finding']} {finding['cure']}")
+    print(result["report"])
+
+
 def numbers(text: str, option: str) -> tuple[int, ...]:
     """ "1,2,4", each once, ascending. Raises InputError naming the option."""
     try:

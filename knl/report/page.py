@@ -17,6 +17,7 @@ from knl.errors import InputError
 from knl.files import replace_file
 from knl.report.plots import Plot
 
+_NONE = "\N{EN DASH}"
 _CSS = Path(__file__).with_name("style.css")
 # Nothing is loaded, nothing runs: not even what a file's strings would try.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -123,10 +124,7 @@ def plots_html(plots: Sequence[Plot], note: str = "") -> str:
 def table_html(table: Table, note: str = "") -> str:
     """The first rows, and where all of them are."""
     titles = "".join(f"<th{_kind(table, n)}>{escape(t)}</th>" for n, t in enumerate(table.titles))
-    rows = "".join(
-        f"<tr>{''.join(f'<td{_kind(table, n)}>{escape(_shown(v))}</td>' for n, v in enumerate(row))}</tr>"
-        for row in table.rows[: table.shown]
-    )
+    rows = "".join(_row(table, row) for row in table.rows[: table.shown])
     rest = len(table.rows) - table.shown
     more = f"{rest} more rows are in the file. " if rest > 0 else ""
     link = f'<a href="tables/{escape(table.name)}.csv">{escape(table.name)}.csv</a>'
@@ -134,6 +132,11 @@ def table_html(table: Table, note: str = "") -> str:
         f'<div class="scroll"><table><thead><tr>{titles}</tr></thead><tbody>{rows}</tbody></table>'
         f'</div><p class="small">{escape(note)} {escape(more)}As a file: {link}</p>'
     )
+
+
+def _row(table: Table, row: Sequence[object]) -> str:
+    cells = (f"<td{_kind(table, n)}>{escape(shown(value))}</td>" for n, value in enumerate(row))
+    return f"<tr>{''.join(cells)}</tr>"
 
 
 def words_html(words: Mapping[str, str]) -> str:
@@ -199,11 +202,12 @@ def _kind(table: Table, column: int) -> str:
     return ' class="text"' if values and all(isinstance(v, str) for v in values) else ""
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """A value as a reader wants it; a dash for none, and for what is not a number."""
     if value is None:
-        return "–"
+        return _NONE
     if isinstance(value, float):
         if value != value:
-            return "–"
+            return _NONE
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else str(value)

@@ -6,7 +6,7 @@ import math
 from statistics import median
 
 from knl.config import to_toml
-from knl.report.page import Card, Page, Table, plots_html, small, table_html
+from knl.report.page import Card, Page, Table, plots_html, shown, small, table_html
 from knl.report.placement import placement_plot
 from knl.report.run_data import RunData, number
 from knl.report.run_findings import run_findings, step_parts
@@ -37,9 +37,9 @@ def run_page(run: RunData) -> Page:
             found.append(placement)
         if found:
             sections.append((heading, plots_html(found)))
-    shown = [table_html(table) for table in tables if table.name in ("parts", "evaluations")]
-    if shown:
-        sections.append(("Numbers", "".join(shown) + _links(tables)))
+    numbers = [table_html(table) for table in tables if table.name in ("parts", "evaluations")]
+    if numbers:
+        sections.append(("Numbers", "".join(numbers) + _links(tables)))
     if run.recipe:
         sections.append(("Recipe", _recipe(run)))
     return Page(
@@ -94,12 +94,12 @@ def _cards(run: RunData) -> list[Card]:
         cards.append(Card("top-1", _percent(number(last, "top1")), "%",
                           f"best {_percent(number(best, 'top1'))} % at epoch "
                           f"{number(best, 'epoch'):.4g}"))  # fmt: skip
-        cards.append(Card("test loss", f"{number(last, 'loss'):.4g}", "", "at the last evaluation"))
+        cards.append(Card("test loss", shown(number(last, "loss")), "", "at the last evaluation"))
     if run.steps:
         speeds = [speed for speed in run.column("images_per_s")[1:] if speed > 0]
         if speeds:
-            cards.append(Card("throughput", f"{median(speeds):,.4g}" if median(speeds) < 1000
-                              else f"{median(speeds):,.0f}", "images/s", "median over steps"))  # fmt: skip
+            speed = shown(median(speeds))
+            cards.append(Card("throughput", speed, "images/s", "median over steps"))
         cards.append(Card("trained", f"{number(run.steps[-1], 'epoch'):.4g}", "epochs",
                           f"{len(run.steps):,} steps"))  # fmt: skip
         cards.append(Card("in steps", *_duration(_seconds(run)), "without evaluations and start"))
@@ -156,4 +156,4 @@ def _recipe(run: RunData) -> str:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.1f}" if math.isfinite(share) else "–"
+    return f"{100 * share:.1f}" if math.isfinite(share) else "\N{EN DASH}"

@@ -6,7 +6,19 @@ import math
 from typing import Any
 
 from knl.report.plots import (
-    BLACK, BLUE, GREEN, GREY, HATCHES, ORANGE, PURPLE, RED, SKY, Plot, binned, draw, legend_below,
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    HATCHES,
+    ORANGE,
+    PURPLE,
+    RED,
+    SKY,
+    Plot,
+    binned,
+    draw,
+    legend_below,
 )  # fmt: skip
 from knl.report.run_data import RunData, number
 
@@ -31,7 +43,7 @@ def parts_of(run: RunData) -> dict[str, list[float]]:
 
 def run_plots(run: RunData) -> list[Plot]:
     """Those for which the run has rows."""
-    plots = [_loss(run)]
+    plots: list[Plot | None] = [_loss(run)]
     if run.evaluations:
         plots.append(_accuracy(run))
     plots += [_rate(run), _trust(run), _times(run), _throughput(run)]
@@ -63,10 +75,11 @@ def _accuracy(run: RunData) -> Plot:
         ):
             y = [100 * number(row, key) for row in run.evaluations]
             axes.plot(x, y, color=color, marker=mark, linestyle=dash, label=label)
-            if math.isfinite(y[-1]):
-                axes.annotate(f" {y[-1]:.1f} %", (x[-1], y[-1]), va="bottom", ha="right",
-                              xytext=(0, 5), textcoords="offset points", fontsize=9,
-                              fontweight="bold", color=BLACK)  # fmt: skip
+            if key == "top1" and math.isfinite(y[-1]):
+                axes.annotate(
+                    f"{y[-1]:.1f} %", (x[-1], y[-1]), xytext=(0, -16), textcoords="offset points",
+                    ha="right", fontsize=9, fontweight="bold", color=BLACK,
+                )  # fmt: skip
         axes.set_xlabel("epoch")
         axes.set_ylabel("right answers (%)")
         axes.margins(y=0.12)
@@ -114,17 +127,20 @@ def _trust_by_layer(run: RunData) -> Plot:
     rows = [row for row in run.trust if row["step"] in epoch_of] or run.trust
     epochs = [epoch_of.get(row["step"], float(row["step"])) for row in rows]
     grid = np.array([[number(row["trust"], name) for row in rows] for name in layers])
-    grid = np.ma.masked_invalid(np.where(grid > 0, grid, np.nan))
+    grid = np.where(grid > 0, grid, np.nan)
+    good = grid[np.isfinite(grid)]
 
     def paint(axes: Any) -> None:
-        if grid.count():
-            span = (float(grid.min()), max(float(grid.max()), float(grid.min()) * 1.01))
+        if good.size:
+            # A few steps at the start, where weights are zero, would bleach all others.
+            low, high = np.percentile(good, (2, 98))
+            span = (float(low), max(float(high), float(low) * 1.01))
             half = (epochs[-1] - epochs[0]) / max(1, 2 * (len(epochs) - 1)) or 0.5
             image = axes.imshow(
                 grid, aspect="auto", cmap="cividis", norm=LogNorm(*span), interpolation="nearest",
                 extent=(epochs[0] - half, epochs[-1] + half, len(layers) - 0.5, -0.5),
             )  # fmt: skip
-            bar = axes.figure.colorbar(image, ax=axes, pad=0.02)
+            bar = axes.figure.colorbar(image, ax=axes, pad=0.02, extend="both")
             bar.set_label("trust ratio")
         every = math.ceil(len(layers) / 14)
         axes.set_yticks(range(0, len(layers), every))

@@ -146,6 +146,7 @@ def _of_network(
     order += [n for n in range(len(trainer.named)) if n not in order]
     sizes = [p.numel() * p.element_size() for _, p in trainer.named]
     return {
+        "samples": trainer.dataset.train_samples,
         "parameters": sum(parameter.numel() for _, parameter in trainer.named),
         "tensors": [{"name": trainer.named[n][0], "bytes": sizes[n]} for n in order],
         "buckets": _ready_buckets(sync, order, sizes, ready),

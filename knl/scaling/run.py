@@ -192,7 +192,7 @@ def _measured(
     images_per_s = recipe.global_batch / measured["step_s"]["median"]
     say(f"{what}: {measured['step_s']['median']:.3g} s a step, {images_per_s:,.1f} images/s")
     point = msgspec.convert({**facts, **measured, "images_per_s": images_per_s}, Point)
-    of_study = {key: measured[key] for key in ("hardware", "stack", "parameters")}
+    of_study = {key: measured[key] for key in ("hardware", "stack", "parameters", "samples")}
     of_study |= {key: measured[key] for key in ("tensors", "buckets", "forward_s", "backward_s")}
     return msgspec.convert({**msgspec.to_builtins(header), **of_study, "points": [point]}, Study)
 

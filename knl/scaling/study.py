@@ -94,7 +94,8 @@ class Study(msgspec.Struct, frozen=True, kw_only=True):
     """What was measured of one recipe. `cores_per_rank`: where ranks of one machine stand for
     nodes, the cores that each has to itself (0: they take turns on all of them); None on nodes of
     a cluster. `forward_s`, `backward_s`: of one lane, by rank 0 of the baseline, from which
-    `tensors` and `buckets` are, too, in the order of backward; `parameters`: how many weights."""
+    `tensors` and `buckets` are, too, in the order of backward; `parameters`: how many weights;
+    `samples`: of the training set."""
 
     schema: Literal[1] = 1
     recipe: str
@@ -105,6 +106,7 @@ class Study(msgspec.Struct, frozen=True, kw_only=True):
     stack: dict[str, str]
     cores_per_rank: Optional[int] = None
     parameters: int = 0
+    samples: int = 0
     tensors: tuple[Tensor, ...] = ()
     buckets: tuple[ReadyBucket, ...] = ()
     forward_s: _Seconds = 0.0
