@@ -155,7 +155,7 @@ def csv_of(table: Table) -> str:
     is quoted."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(table.titles)
+    writer.writerow([_no_formula(title) for title in table.titles])
     for row in table.rows:
         writer.writerow([_no_formula(value) for value in row])
     return out.getvalue()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from statistics import median
 
 from knl.report.page import Finding
-from knl.scaling.study import Row, Study
+from knl.scaling.study import Row, Study, point_of
 
 _CURES = {
     "exposed_sync": "A larger lane batch hides more sums behind backward; knl bench allreduce "
@@ -87,8 +87,8 @@ def _bucket(study: Study) -> Finding | None:
 
 
 def _late_rank(study: Study, rows: Sequence[Row]) -> Finding | None:
-    point = next((p for p in study.points if p.nodes == rows[-1].nodes and p.per_rank), None)
-    if point is None or len(point.per_rank) < 2:
+    point = point_of(study, rows[-1])
+    if len(point.per_rank) < 2:
         return None
     usual = median(rank.compute for rank in point.per_rank)
     late = max(point.per_rank, key=lambda rank: rank.compute)

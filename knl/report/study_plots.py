@@ -21,7 +21,7 @@ from knl.report.plots import (
 )
 from knl.report.train_time import Training, hours_of
 from knl.scaling.breakdown import PARTS
-from knl.scaling.study import Point, Row, Study
+from knl.scaling.study import Point, Row, Study, point_of
 
 _COLORS = dict(zip(PARTS, (ORANGE, BLUE, PURPLE, RED, GREEN, GREY)))
 _WORDS = {"exposed_sync": "exposed sync", "lars": "LARS", "data": "images"}
@@ -40,7 +40,7 @@ def study_plots(study: Study, rows: Sequence[Row], training: Training) -> list[P
         _hours(rows, nodes, training),
         _cost(rows, nodes, training),
     ]
-    last = next(p for p in reversed(study.points) if p.nodes == rows[-1].nodes and not p.failed)
+    last = point_of(study, rows[-1])
     if len(last.per_rank) > 1:
         plots.append(_ranks(last))
     if study.buckets:
@@ -53,8 +53,8 @@ def _speed_up(rows: Sequence[Row], nodes: str) -> Plot:
         counts = [row.nodes for row in rows]
         speeds = [row.speed_up for row in rows]
         scale = [row.speed_up / row.images_per_s for row in rows]
-        low = [s - row.images_per_s_low * k for s, row, k in zip(speeds, rows, scale)]
-        high = [row.images_per_s_high * k - s for s, row, k in zip(speeds, rows, scale)]
+        low = [max(0.0, s - row.images_per_s_low * k) for s, row, k in zip(speeds, rows, scale)]
+        high = [max(0.0, row.images_per_s_high * k - s) for s, row, k in zip(speeds, rows, scale)]
         ideal = [row.ideal for row in rows]
         axes.plot(counts, ideal, color=GREY, linestyle="--", label="ideal")
         axes.errorbar(counts, speeds, yerr=[low, high], color=BLUE, marker="o", capsize=4,

@@ -51,7 +51,7 @@ def parts_of(ranks: Sequence[Sequence[Timed]]) -> list[list[dict[str, float]]]:
         last = max(rank.data + rank.compute for rank in step)
         whole = max(rank.whole for rank in step)
         for number, rank in enumerate(step):
-            straggler = min(rank.waited, last - rank.data - rank.compute)
+            straggler = min(rank.waited, last - (rank.data + rank.compute))
             parts = {
                 "data": rank.data,
                 "compute": rank.compute,

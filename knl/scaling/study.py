@@ -241,3 +241,9 @@ def rows_of(study: Study) -> list[Row]:
             )
         )
     return rows
+
+
+def point_of(study: Study, row: Row) -> Point:
+    """The repetition that a row is."""
+    points = (p for p in study.points if p.nodes == row.nodes and not p.failed)
+    return next(p for p in points if p.images_per_s == row.images_per_s)
