@@ -105,7 +105,7 @@ def browser() -> Iterator[Browser]:
                    "--remote-debugging-pipe", "--disable-dev-shm-usage", "--hide-scrollbars",
                    f"--user-data-dir={folder}", "about:blank"]  # fmt: skip
         # The protocol has it that it reads 3 and writes 4.
-        shell = ["sh", "-c", f'exec "$@" 3<&{into[0]} 4>&{out[1]}', "sh", *command]
+        shell = ["bash", "-c", f'exec "$@" 3<&{into[0]} 4>&{out[1]}', "bash", *command]
         process = subprocess.Popen(
             shell, pass_fds=(into[0], out[1]), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
