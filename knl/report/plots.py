@@ -111,7 +111,7 @@ def node_axis(axes: Any, nodes: Sequence[int], what: str) -> None:
     """Numbers of nodes on a scale where each doubling is a step."""
     axes.set_xscale("log", base=2)
     ticks = list(nodes)
-    while len(ticks) > 8:  # labels need room
+    while len(ticks) > 10:  # labels need room
         ticks = ticks[-1::-2][::-1]
     axes.set_xticks(ticks)
     axes.set_xticklabels([str(n) for n in ticks])

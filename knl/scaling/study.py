@@ -208,7 +208,8 @@ def require_same(study: Study, other: Study, path: Path) -> None:
         old, new = getattr(other, key), getattr(study, key)
         if old != new:
             shown = f"{key} differs" if key == "recipe_toml" else f"{key} = {old!r}, not {new!r}"
-            raise InputError(f"{path} is of another study ({shown}): give another --out")
+            same = "the same --ranks, or " if key == "cores_per_rank" else ""
+            raise InputError(f"{path} is of another study ({shown}): give {same}another --out")
 
 
 def rows_of(study: Study) -> list[Row]:
