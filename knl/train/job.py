@@ -134,7 +134,8 @@ class _Job:
             if folder is None:
                 return None
             # A job that is queued again has begun anew already.
-            again = os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
+            starts = (os.environ.get(x, "") for x in ("SLURM_RESTART_COUNT", "KNL_CONTINUED"))
+            again = any(count not in ("", "0") for count in starts)
             found = folder.find(self.recipe, self.request.fresh and not again)
             if found is not None:
                 _require_of_this_run(found, trainer, folder.path)

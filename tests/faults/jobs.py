@@ -15,7 +15,7 @@ from knl.comm.roll_call import state_of
 from ..mpi.launch import Job, knl, started
 
 ENDLESS = ("--set", "train.epochs=100000", "--set", "train.eval_every=0")
-PATIENCE_S = 60.0  # bounds a test that hangs
+PATIENCE_S = 120.0  # bounds a test that hangs
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from knl.train.checkpoint import listed, read
 
 from ..mpi.launch import knl, run
 from .campaign import build_preload
-from .jobs import knl_lines, only_line, rank, steps, training, until
+from .jobs import knl_lines, only_line, rank, steps, stop, training, until
 
 OFTEN = ("--set", "train.checkpoint_minutes=0.005")
 SHORT = ("--set", "train.epochs=4", "--profile", "none", *OFTEN)
@@ -83,8 +83,11 @@ def newer(folder: Path, old: list[str]) -> bool:
 
 @root
 def test_a_last_checkpoint_without_room_is_a_failure_that_names_the_last_good_one(tmp_path):
-    with small_disk(tmp_path / "disk", "1m") as disk:
-        done = run(knl("train", "digits", "-n", "2", *SHORT, "--run-dir", str(disk / "run")))
+    with small_disk(tmp_path / "disk", "1m") as disk:  # room for one of 0.6 MB, not for a second
+        command = knl("train", "digits", "-n", "2", *SHORT, "--run-dir", str(disk / "run"))
+        first = run([*command, "--max-steps", "2"])
+        assert first.returncode == 75, first.stderr
+        done = run(command)
     assert done.returncode == 1, done.stderr
     lines = knl_lines(done.stderr)
     assert "could not be written (No space left on device); the last good" in lines[-1], lines
@@ -194,12 +197,18 @@ def test_a_hostname_that_does_not_resolve_is_no_matter(tmp_path):
 def test_two_jobs_cannot_train_into_one_folder(tmp_path):
     folder = tmp_path / "run"
     with training(folder) as job:
-        pid = rank(job, 0)
+        pids = [rank(job, number) for number in (0, 1)]
+        for (
+            pid
+        ) in pids:  # Linux 6.18 was seen to let others wait for 35 s for CPUs that ranks keep busy
+            stop(pid)
         command = ["env", "SLURM_JOB_ID=77", *knl("train", "digits", "--run-dir", str(folder))]
         done = run(command)
         assert done.returncode == 2, done.stderr
         (line,) = knl_lines(done.stderr)
-        assert f"{folder} is in use by process {pid} on host " in line
+        assert f"{folder} is in use by process {pids[0]} on host " in line
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
         job.process.send_signal(signal.SIGTERM)
         assert job.finish(30.0).returncode == 75
 

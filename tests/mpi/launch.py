@@ -95,7 +95,7 @@ def started(command: list[str], cwd: Path | None = None, **environment: str) -> 
 
 
 def run(
-    command: list[str], cwd: Path | None = None, timeout: float = 60.0, **environment: str
+    command: list[str], cwd: Path | None = None, timeout: float = 120.0, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Run a command to its end; it must leave nothing behind."""
     with started(command, cwd, **environment) as job:

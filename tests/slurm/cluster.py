@@ -56,7 +56,7 @@ def slurm_cluster(nodes: int, root: Path) -> Iterator[SlurmCluster]:
         conf.write_text(_configuration(cluster, ports, munge))
         try:
             for name in ("slurmctld", *names):
-                _start(cluster, name)
+                start_daemon(cluster, name)
             _wait_until_idle(cluster, timeout=30.0 + 0.2 * nodes)
             yield cluster
         finally:
@@ -64,13 +64,14 @@ def slurm_cluster(nodes: int, root: Path) -> Iterator[SlurmCluster]:
 
 
 def _configuration(cluster: SlurmCluster, ports: list[int], munge: str) -> str:
-    """Return slurm.conf; config_overrides lets a node have 272 CPUs on any machine."""
+    """Return slurm.conf; config_overrides lets a node have 272 CPUs on any machine. A job that is
+    queued again waits until its credential has expired."""
     names, slurmd_ports = ",".join(cluster.nodes), ",".join(map(str, ports[1:]))
     return f"""\
 ClusterName=knl
 SlurmctldHost={socket.gethostname().split(".")[0]}(127.0.0.1)
 SlurmctldPort={ports[0]}
-AuthInfo=socket={munge}
+AuthInfo=socket={munge},cred_expire={10 + len(cluster.nodes) // 4}
 StateSaveLocation={cluster.folder}
 SlurmdSpoolDir={cluster.folder}/%n
 SlurmctldPidFile={cluster.folder}/slurmctld.pid
@@ -82,10 +83,11 @@ ProctrackType=proctrack/linuxproc
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
-KillWait=2
+KillWait=5
+SlurmdTimeout=20
 NodeName=DEFAULT CPUs=272 Sockets=1 CoresPerSocket=68 ThreadsPerCore=4 Feature=knl,quad,cache
 NodeName={names} Port=[{slurmd_ports}] NodeHostname=localhost NodeAddr=127.0.0.1
-PartitionName=normal Nodes=ALL Default=YES MaxTime=60 State=UP
+PartitionName=normal Nodes=ALL Default=YES MaxTime=2880 State=UP
 """
 
 
@@ -126,7 +128,7 @@ def _munge_socket() -> Iterator[str]:
         shutil.rmtree(folder)
 
 
-def _start(cluster: SlurmCluster, name: str) -> None:
+def start_daemon(cluster: SlurmCluster, name: str) -> None:
     """Start one daemon; it goes to the background by itself and writes its pid file."""
     command = ["slurmctld"] if name == "slurmctld" else ["slurmd", "-N", name]
     started = cluster.run(*command, "-f", cluster.environment["SLURM_CONF"])

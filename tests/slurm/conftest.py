@@ -11,7 +11,7 @@ import pytest
 
 from .cluster import SlurmCluster, slurm_cluster
 
-_NODES = 4
+_NODES = 8
 _PROGRAMS = {  # program: the Debian package that has it
     "slurmctld": "slurmctld",
     "slurmd": "slurmd",
@@ -31,7 +31,7 @@ def missing_parts() -> list[str]:
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
-    """Four idle nodes, c1 to c4, for the whole session."""
+    """Eight idle nodes, c1 to c8, for the whole session."""
     missing = missing_parts()
     if missing:
         pytest.skip(f"no real Slurm: this machine lacks {', '.join(missing)}")
