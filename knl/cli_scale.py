@@ -13,3 +13,4 @@ app = typer.Typer(
     help="Measure what more nodes bring to the training of a recipe.",
 )
 app.command()(cli_study.run)
+app.command()(cli_study.submit)

@@ -76,6 +76,77 @@ def run(
     print(json.dumps(to_json(study, folder)) if as_json else describe(study, folder))
 
 
+def submit(
+    recipe: str = typer.Argument(help="Name of a recipe, or path of a TOML file."),
+    nodes: str = typer.Option(..., help="Numbers of nodes, a job each: 1,2,4,8,16."),
+    site: str = typer.Option("generic", help="Name of a site, or path of a TOML file."),
+    steps: int = typer.Option(20, min=1, help="Steps to time of each point, after two to warm up."),
+    repetitions: int = typer.Option(3, min=1, help="Times that each point is measured."),
+    out: Optional[Path] = typer.Option(
+        None, help="Folder of the study, seen by all nodes; studies/RECIPE-TIME if not given."
+    ),
+    time: str = typer.Option("30m", help="Time limit of each job: 20m, 1h."),
+    queue: str = typer.Option(
+        "", help="Queue (partition); the site's first that fits if not given."
+    ),
+    account: str = typer.Option("", help="Account to charge; the site's if not given."),
+    strong: bool = typer.Option(
+        False, "--strong", help="Keep the recipe's global batch; else each node has one lane's."
+    ),
+    made_up: bool = typer.Option(
+        False, "--synthetic", help="Made-up pictures of the recipe's size, not its data."
+    ),
+    overrides: list[str] = typer.Option(
+        [], "--set", metavar="KEY=VALUE", help="Override a key of the recipe; repeatable."
+    ),
+    dry_run: bool = typer.Option(False, "--dry-run", help="Print the jobs, and submit none."),
+    as_json: bool = _JSON,
+) -> None:
+    """Submit a study to Slurm: one short job a number of nodes, one after another.
+
+    Example: knl scale submit resnet50-32k --nodes 1,2,4,8,16 --site stampede2 --synthetic --dry-run
+
+    Each job waits for the one before to end, so that they do not disturb each other, and writes a
+    file of its own into the study's folder; knl report draws what is there at any time.
+    """
+    from knl.config import load_recipe
+    from knl.scaling.run import Wanted, point_recipe
+    from knl.scaling.submit import Asked, jobs_of
+    from knl.scaling.submit import submit as hand_in
+    from knl.site import load_site
+    from knl.train.orders import parse_time
+
+    counts, found, where = (
+        numbers(nodes, "--nodes"),
+        load_recipe(recipe, overrides),
+        load_site(site),
+    )
+    per_node = where.ranks_per_node
+    for count in counts:  # what the job would refuse, refused here
+        point_recipe(Wanted(found, counts, per_node, steps, repetitions, strong, True), count)
+    named = str(Path(recipe).absolute()) if recipe.endswith(".toml") else recipe
+    arguments = [named, "--steps", str(steps), "--repetitions", str(repetitions)]
+    arguments += ["--strong"] if strong else []
+    arguments += ["--synthetic"] if made_up else []
+    arguments += [word for override in overrides for word in ("--set", override)]
+    folder = out or Path("studies") / f"{found.name}-{datetime.now():%Y%m%d-%H%M%S-%f}"
+    minutes = parse_time(time, "--time") / 60.0
+    asked = Asked(found.name, arguments, counts, folder, minutes, queue, account)
+    jobs = jobs_of(where, asked)
+    ids = [] if dry_run else hand_in(jobs, folder)
+    total = sum(job.su for job in jobs)
+    if as_json:
+        rows = [{"nodes": j.nodes, "queue": j.queue, "script": j.script, "su": j.su} for j in jobs]
+        print(json.dumps({"folder": str(folder), "jobs": rows, "ids": ids, "su_at_most": total}))
+        return
+    if dry_run:
+        print("\n".join(job.script for job in jobs), end="")
+        return
+    for job, number in zip(jobs, ids):
+        print(f"job {number}: {job.nodes} node(s)" + (f" in {job.queue}" if job.queue else ""))
+    print(f"at most {total:g} SU in all; knl report {folder} draws what has been measured")
+
+
 def report(
     folder: Path = typer.Argument(
         metavar="DIR", help="A run directory of knl train, or a study's folder of knl scale run."
