@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 from ..mpi.launch import knl, mpiexec
 from .cluster import SlurmCluster
@@ -30,3 +31,23 @@ def test_more_nodes_than_the_job_has_are_refused(cluster: SlurmCluster, tmp_path
     done = slurm(cluster, *ALLOCATION, *command)
     assert done.returncode != 0 and "--nodes 4: this job has 2 node(s)" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_submitted_jobs_follow_one_another_into_one_study(cluster: SlurmCluster, tmp_path):
+    mpiexec(2)  # skips where there is no stack
+    folder = tmp_path / "a study with 100% of 'quotes'"
+    command = knl("scale", "submit", "digits", "--nodes", "1,2", *FEW, "--time", "5m")
+    done = slurm(cluster, *command, "--out", str(folder), "--json", **TCP)
+    assert done.returncode == 0, done.stderr
+    first, second = json.loads(done.stdout)["ids"]
+    shown = cluster.run("scontrol", "show", "job", "-o", second).stdout
+    assert f"Dependency=afterany:{first}" in shown or "JobState=PENDING" not in shown
+    deadline = time.monotonic() + 120
+    while cluster.run("squeue", "-h", "-j", f"{first},{second}").stdout:
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    logs = [path.read_text() for path in sorted((folder / "jobs").glob("*.out"))]
+    assert {path.name for path in (folder / "points").iterdir()} == {"1.json", "2.json"}, logs
+    study = json.loads((folder / "study.json").read_text())
+    assert [(p["nodes"], p["failed"]) for p in study["points"]] == [(1, None), (2, None)]
+    assert study["site"] == "generic" and len(logs) == 2
