@@ -122,9 +122,14 @@ def plots_html(plots: Sequence[Plot], note: str = "") -> str:
 
 
 def table_html(table: Table, note: str = "") -> str:
-    """The first rows, and where all of them are."""
-    titles = "".join(f"<th{_kind(table, n)}>{escape(t)}</th>" for n, t in enumerate(table.titles))
-    rows = "".join(_row(table, row) for row in table.rows[: table.shown])
+    """The first rows, without columns that are empty, and where all of them are."""
+    columns = [n for n in range(len(table.titles)) if any(row[n] is not None for row in table.rows)]
+    kinds = {n: _kind(table, n) for n in columns}
+    titles = "".join(f"<th{kinds[n]}>{escape(table.titles[n])}</th>" for n in columns)
+    rows = "".join(
+        f"<tr>{''.join(f'<td{kinds[n]}>{escape(shown(row[n]))}</td>' for n in columns)}</tr>"
+        for row in table.rows[: table.shown]
+    )
     rest = len(table.rows) - table.shown
     more = f"{rest} more rows are in the file. " if rest > 0 else ""
     link = f'<a href="tables/{escape(table.name)}.csv">{escape(table.name)}.csv</a>'
@@ -132,11 +137,6 @@ def table_html(table: Table, note: str = "") -> str:
         f'<div class="scroll"><table><thead><tr>{titles}</tr></thead><tbody>{rows}</tbody></table>'
         f'</div><p class="small">{escape(note)} {escape(more)}As a file: {link}</p>'
     )
-
-
-def _row(table: Table, row: Sequence[object]) -> str:
-    cells = (f"<td{_kind(table, n)}>{escape(shown(value))}</td>" for n, value in enumerate(row))
-    return f"<tr>{''.join(cells)}</tr>"
 
 
 def words_html(words: Mapping[str, str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from knl.report.plots import BLUE, GREEN, ORANGE, Plot, draw
+from knl.report.plots import BLUE, GREEN, ORANGE, Plot, draw, plain
 
 # Letter of knl.show.cells, what it stands for, its colour. Loaders on compute cores are not seen.
 _ROLES = {
@@ -24,7 +24,7 @@ def placement_plot(placement: object) -> Plot | None:
     if not (isinstance(rows, list) and isinstance(firsts, list) and rows and firsts):
         return None
     lines = [str(row)[: len(firsts)] for row in rows]
-    model = str(placement.get("cpu_model", "")).replace("$", "")
+    model = plain(str(placement.get("cpu_model", "")))
 
     def paint(axes: Any) -> None:
         from matplotlib.collections import PatchCollection

@@ -84,6 +84,11 @@ def draw(
     return Plot(name, caption, svg.getvalue(), png.getvalue(), wide)
 
 
+def plain(text: str) -> str:
+    """Text that matplotlib will not take for a formula."""
+    return text.replace("$", r"\$")
+
+
 def binned(
     x: Sequence[float], y: Sequence[float], bins: int = 150
 ) -> tuple[list[float], list[float], list[float], list[float]]:

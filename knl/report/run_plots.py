@@ -19,6 +19,7 @@ from knl.report.plots import (
     binned,
     draw,
     legend_below,
+    plain,
 )  # fmt: skip
 from knl.report.run_data import RunData, number
 
@@ -154,7 +155,7 @@ def _trust_by_layer(run: RunData) -> Plot:
 
 def _short(name: str) -> str:
     name = name[: -len(".weight")] if name.endswith(".weight") else name
-    return name if len(name) <= 18 else f"…{name[-17:]}"
+    return plain(name if len(name) <= 18 else f"…{name[-17:]}")
 
 
 def _times(run: RunData) -> Plot:

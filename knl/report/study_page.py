@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from knl.report.page import Card, Page, Table, plots_html, shown, table_html, words_html
+from knl.report.prediction import prediction_plot, read_prediction
 from knl.report.study_findings import study_findings
 from knl.report.study_plots import study_plots
-from knl.report.train_time import Training, hours_of, training_of
+from knl.report.train_time import Training, charge, hours_of, training_of
 from knl.scaling.breakdown import MEANING, PARTS
 from knl.scaling.describe import where
 from knl.scaling.study import WORDS, Row, Study, rows_of
@@ -22,7 +23,7 @@ else:
     import tomli as tomllib
 
 _SECTIONS = (
-    ("Scaling", ("speed-up", "efficiency", "breakdown", "steps")),
+    ("Scaling", ("speed-up", "efficiency", "breakdown", "steps", "prediction")),
     ("Time and cost", ("time-to-train", "cost")),
     ("Inside a step", ("ranks", "buckets")),
 )
@@ -36,8 +37,16 @@ def study_page(study: Study, folder: Path) -> Page:
         recipe = tomllib.loads(study.recipe_toml)
     training = training_of(study, recipe)
     plots = study_plots(study, rows, training) if rows else []
+    predicted = read_prediction(folder)
+    model = str(recipe.get("model", {}).get("name", ""))
+    if rows and (plot := prediction_plot(study, rows, predicted, model)):
+        plots.append(plot)
     by_name = {plot.name: plot for plot in plots}
     tables = _tables(study, rows, training)
+    if predicted:
+        titles = [*predicted[0]]
+        values = [[row.get(title) for title in titles] for row in predicted]
+        tables.append(Table("prediction", titles, values))
     sections = []
     for heading, names in _SECTIONS:
         if found := [by_name[name] for name in names if name in by_name]:
@@ -113,13 +122,13 @@ def _cards(rows: Sequence[Row], training: Training) -> list[Card]:
 
 def _tables(study: Study, rows: Sequence[Row], training: Training) -> list[Table]:
     titles = ["nodes", "ranks", "batch", "s a step", "images/s", "least", "greatest", "speed-up",
-              "ideal", "efficiency %", "hours", "node-hours"]  # fmt: skip
+              "ideal", "efficiency %", "hours", "node-hours", "SU", "USD of nodes"]  # fmt: skip
     found = []
     if rows:
         scaling = [
             [r.nodes, r.ranks, r.global_batch, r.step_s, r.images_per_s, r.images_per_s_low,
              r.images_per_s_high, r.speed_up, r.ideal, 100 * r.efficiency,
-             hours_of(r, training), r.nodes * hours_of(r, training)]
+             hours_of(r, training), r.nodes * hours_of(r, training), *charge(study, r, training)]
             for r in rows
         ]  # fmt: skip
         found.append(Table("scaling", titles, scaling))

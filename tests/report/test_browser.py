@@ -22,7 +22,7 @@ def pages(tmp_path_factory):
     run = write(root / ("run-with-a-name-that-has-no-end-" * 3), rows, trust)
     folder = root / "study"
     nodes = [2**n for n in range(10)]
-    found = study(*(point(n, seconds=1 + n / 500) for n in nodes), cores_per_rank=1)
+    found = study(*(point(n, seconds=1 + n / 500) for n in nodes), site="stampede2")
     save_study(folder / STUDY, found)
     for each in (run, folder):
         report(each)

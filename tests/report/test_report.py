@@ -15,7 +15,7 @@ from knl.scaling.study import STUDY, save_study
 
 from ..unit.test_study import point, study
 
-EVIL = "<script>alert(1)</script>\"'&"
+EVIL = "<script>alert(1)</script>\"'&$_{$%"
 
 
 class Tags(HTMLParser):
@@ -178,3 +178,31 @@ def test_what_is_neither_is_refused_in_a_line(tmp_path):
     with pytest.raises(InputError, match="no such folder"):
         report(tmp_path / "none")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_prediction_and_published_points_are_beside_what_was_measured(tmp_path):
+    found = study(point(1), point(2, 0, 1.1), recipe_toml='[model]\nname = "resnet50"\n',
+                  site="stampede2")  # fmt: skip
+    save_study(tmp_path / STUDY, found)
+    rows = [{"nodes": n, "efficiency": 1 / n**0.1, "step_s": 1.0, "step_s_low": 0.9,
+             "step_s_high": 1.2} for n in (1, 2, 512)]  # fmt: skip
+    (tmp_path / "prediction.json").write_text(json.dumps({"rows": rows}))
+    report(tmp_path)
+    text = page_of(tmp_path)
+    assert "published for Xeon Phi 7250" in text and (tmp_path / "plots/prediction.svg").exists()
+    with (tmp_path / "tables" / "prediction.csv").open() as file:
+        assert [int(row["nodes"]) for row in csv.DictReader(file)] == [1, 2, 512]
+    with (tmp_path / "tables" / "scaling.csv").open() as file:
+        last = [*csv.DictReader(file)][-1]
+    assert float(last["SU"]) == pytest.approx(0.8 * float(last["node-hours"]))
+    assert float(last["USD of nodes"]) == 2 * 2436
+    (tmp_path / "prediction.json").write_text("[]")
+    with pytest.raises(InputError, match="not a prediction"):
+        report(tmp_path)
+
+
+def test_published_efficiencies_are_those_of_the_paper():
+    from knl.report.prediction import PUBLISHED
+
+    # 1.28 million images, 90 epochs, 512 nodes, an hour: 62.6 images/s a node of 79.
+    assert [round(p.efficiency, 2) for p in PUBLISHED] == [0.79, 0.59, 0.27]
