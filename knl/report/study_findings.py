@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from statistics import median
 
 from knl.report.page import Finding
+from knl.report.train_time import Training, hours_of
 from knl.scaling.study import Row, Study, point_of
 
 _CURES = {
@@ -23,9 +24,10 @@ _WORDS = {"exposed_sync": "exposed sync", "straggler": "waiting for the last ran
           "data": "waiting for images", "lars": "the update"}  # fmt: skip
 
 
-def study_findings(study: Study, rows: Sequence[Row]) -> list[Finding]:
+def study_findings(study: Study, rows: Sequence[Row], training: Training) -> list[Finding]:
     """In no order; see Finding.weight. `rows`: at least one."""
     found = [_loss(rows), _bucket(study), _late_rank(study, rows), _spread(rows), _failed(study)]
+    found.append(_price(rows, training))
     if len(rows) == 1:
         found.append(
             Finding(
@@ -62,6 +64,21 @@ def _loss(rows: Sequence[Row]) -> Finding | None:
         f"{_time(longer)} longer than ideal, most of it {_WORDS.get(part, part)} "
         f"({_time(max(0.0, more[part]))}, {max(0.0, more[part]) / last.step_s:.0%} of the step).",
         _CURES[part],
+    )
+
+
+def _price(rows: Sequence[Row], training: Training) -> Finding | None:
+    """What the last step up has brought."""
+    if len(rows) < 2:
+        return None
+    before, last = (hours_of(row, training) for row in rows[-2:])
+    fewer, most = rows[-2].nodes, rows[-1].nodes
+    more = most * last / (fewer * before) - 1
+    return Finding(
+        0.08,
+        f"{most} nodes instead of {fewer} bring {training.what} from {_hours(before)} to "
+        f"{_hours(last)}, for {more:+.0%} of node-hours.",
+        "More nodes still pay." if last < 0.7 * before else "More nodes hardly pay any longer.",
     )
 
 
@@ -131,3 +148,9 @@ def _failed(study: Study) -> Finding | None:
 
 def _time(seconds: float) -> str:
     return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+
+
+def _hours(hours: float) -> str:
+    if hours < 1:
+        return f"{60 * hours:.3g} min"
+    return f"{hours:.3g} h" if hours < 1000 else f"{hours:,.0f} h"

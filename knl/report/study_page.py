@@ -23,9 +23,9 @@ else:
     import tomli as tomllib
 
 _SECTIONS = (
-    ("Scaling", ("speed-up", "efficiency", "breakdown", "steps", "prediction")),
+    ("Scaling", ("speed-up", "efficiency", "breakdown", "prediction")),
     ("Time and cost", ("time-to-train", "cost")),
-    ("Inside a step", ("ranks", "buckets")),
+    ("Inside a step", ("steps", "ranks", "buckets")),
 )
 
 
@@ -61,7 +61,7 @@ def study_page(study: Study, folder: Path) -> Page:
         notices=_notices(study, rows),
         cards=_cards(rows, training),
         sections=sections,
-        findings=study_findings(study, rows) if rows else [],
+        findings=study_findings(study, rows, training) if rows else [],
         plots=plots,
         tables=tables,
     )

@@ -119,10 +119,10 @@ def _steps(study: Study, nodes: str) -> Plot:
         counts = sorted({point.nodes for point in study.points if point.step_s})
         for point in study.points:
             if point.step_s:
-                place = counts.index(point.nodes) + 0.12 * (point.repetition % 5 - 1)
+                place = counts.index(point.nodes) + 0.16 * (point.repetition % 5 - 1)
                 axes.plot([place] * len(point.step_s.all), point.step_s.all, "o", color=BLUE,
                           alpha=0.35, markersize=5, markeredgewidth=0)  # fmt: skip
-                axes.plot([place], [point.step_s.median], "_", color=RED, markersize=16,
+                axes.plot([place], [point.step_s.median], "_", color=RED, markersize=9,
                           markeredgewidth=2.5)  # fmt: skip
         axes.set_xticks(range(len(counts)))
         axes.set_xticklabels([str(count) for count in counts])
