@@ -1,0 +1,116 @@
+"""The network's parameters from a study, by least squares, with what is not sure about them.
+
+Three numbers are fitted to the exposed sync of each point: factors on the network's latency and
+bandwidth, and contention, a share that each doubling of nodes adds. A few points cannot fix three
+numbers, so the site's own values weigh in as a measurement of low precision: what the points do not
+say stays as the site has it, with its whole uncertainty.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from knl.errors import InputError
+from knl.scaling.known import Known
+from knl.scaling.model import Setting, Step, Sync, step_of
+from knl.scaling.study import Point
+
+NAMES = ("latency", "bandwidth", "contention")
+# The site's values are right within these: factors e^+-1 on latency and bandwidth (one standard
+# deviation), contention 10 % a doubling. Ranks of one machine have no network: e^+-3 there.
+_SITE, _NO_SITE = np.array([1.0, 1.0, 0.1]), np.array([3.0, 3.0, 0.1])
+# A measured time is right within 5 % of itself and 0.5 % of its step.
+_RELATIVE, _OF_STEP = 0.05, 0.005
+_DRAWS = 100
+
+
+@dataclass(frozen=True)
+class Fit:
+    """`values`, `covariance`: of ln latency factor, ln bandwidth factor, contention; `residual`:
+    root mean square of the misfit, in units of what a time is right within; `points`: fitted."""
+
+    values: NDArray[np.float64]
+    covariance: NDArray[np.float64]
+    residual: float
+    points: int
+
+    @property
+    def sync(self) -> Sync:
+        return _sync(self.values)
+
+    def interval(self, name: str) -> tuple[float, float, float]:
+        """Value and bounds of 90 % of one of NAMES, as factors and a share."""
+        place = NAMES.index(name)
+        middle, off = self.values[place], 1.645 * math.sqrt(self.covariance[place, place])
+        if name == "contention":
+            return float(middle), max(0.0, float(middle - off)), float(middle + off)
+        return tuple(math.exp(value) for value in (middle, middle - off, middle + off))  # type: ignore[return-value]
+
+    def draws(self) -> list[Sync]:
+        """Syncs that fit as well: a sample of the parameters, the same each time."""
+        rng = np.random.default_rng(0)
+        return [_sync(row) for row in rng.multivariate_normal(self.values, self.covariance, _DRAWS)]
+
+
+def fit_sync(known: Known, setting: Setting, points: Sequence[Point], has_site: bool) -> Fit:
+    """Fit to points of two or more nodes. Raises InputError where there are none."""
+    from scipy.optimize import least_squares
+
+    several = [point for point in points if point.nodes > 1 and point.breakdown]
+    if not several:
+        raise InputError("the study has no point of two or more nodes; measure one")
+    measured = np.array([(point.breakdown or {})["exposed_sync"] for point in several])
+    whole = np.array([point.step_s.median if point.step_s else 0.0 for point in several])
+    sigma = np.hypot(_RELATIVE * measured, _OF_STEP * whole)
+    spread = _SITE if has_site else _NO_SITE
+
+    def misfit(values: NDArray[np.float64]) -> NDArray[np.float64]:
+        sync = _sync(values)
+        modelled = {n: step_of(known, setting, sync, n).exposed_s for n in {p.nodes for p in several}}
+        times = np.array([modelled[point.nodes] for point in several])
+        return np.concatenate([(times - measured) / sigma, values / spread])
+
+    begin = _start(misfit)
+    found = least_squares(
+        misfit, begin, bounds=([-9.0, -9.0, 0.0], [9.0, 9.0, 2.0]), diff_step=1e-4, x_scale=spread
+    )
+    data = found.fun[: len(several)]
+    # Points that scatter more than they should make the parameters less sure by as much.
+    worse = max(1.0, float(data @ data) / max(1, len(several) - 1))
+    covariance = np.linalg.inv(found.jac.T @ found.jac) * worse
+    return Fit(found.x, covariance, float(np.sqrt(np.mean(data**2))), len(several))
+
+
+def spread_of(known: Known, setting: Setting, fit: Fit, nodes: int) -> tuple[Step, Step]:
+    """Steps at the bounds of 90 % of what the fit leaves open, shortest first; half and one and a
+    half of the stragglers, as the sample's tail is all that is known of them."""
+    steps = [step_of(known, setting, sync, nodes) for sync in fit.draws()]
+    steps.sort(key=lambda step: step.exposed_s)
+    low, high = steps[int(0.05 * len(steps))], steps[int(0.95 * len(steps))]
+    return _stretched(low, 0.5), _stretched(high, 1.5)
+
+
+def _stretched(step: Step, factor: float) -> Step:
+    from dataclasses import replace
+
+    return replace(step, straggler_s=step.straggler_s * factor)
+
+
+def _start(misfit) -> NDArray[np.float64]:  # type: ignore[no-untyped-def]
+    """The best of a coarse grid: where all sums are hidden the misfit has no slope to follow."""
+    grid = [
+        np.array([latency, bandwidth, 0.01])
+        for latency in (-2.0, 0.0, 2.0)
+        for bandwidth in np.linspace(-6.0, 3.0, 13)
+    ]
+    return min(grid, key=lambda values: float(np.sum(misfit(values) ** 2)))
+
+
+def _sync(values: NDArray[np.float64]) -> Sync:
+    latency, bandwidth, contention = (float(value) for value in values)
+    return Sync(math.exp(latency), math.exp(bandwidth), max(0.0, contention))
