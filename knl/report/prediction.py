@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from knl.errors import InputError
+from knl.config import Recipe, convert
+from knl.errors import KnlError
+from knl.report.page import Finding, Table, table_html
 from knl.report.plots import BLACK, BLUE, GREEN, GREY, ORANGE, Plot, draw, legend_below, node_axis
-from knl.report.run_data import number
-from knl.scaling.study import Row, Study
+from knl.scaling.predict import prepare, to_json
+from knl.scaling.study import STUDY, Row, Study
 
-# Beside study.json: what `knl scale predict --from STUDY --json` has printed.
-FILE = "prediction.json"
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+Predicted = Mapping[str, Any]  # a row of knl scale predict --json
+_FARTHEST = 2048
 _IMAGENET = 1_281_167
 
 
@@ -44,25 +52,24 @@ PUBLISHED = (
 )
 
 
-def read_prediction(folder: Path) -> Sequence[Mapping[str, Any]]:
-    """The rows of the prediction in a study's folder; empty where there is none. Raises InputError
-    where the file is not what knl scale predict prints."""
-    path = folder / FILE
-    if not path.exists():
-        return []
+def predicted_rows(study: Study, folder: Path, rows: Sequence[Row]) -> tuple[list[Predicted], str]:
+    """What the model, fitted to the study, says of its numbers of nodes and of more; and why there
+    is nothing, where there is nothing."""
+    if len(rows) < 2:
+        return [], ""
     try:
-        rows = json.loads(path.read_bytes())["rows"]
-        good = [row for row in rows if row["nodes"] >= 1 and number(row, "efficiency") > 0]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path}: not a prediction ({type(error).__name__}): write it with "
-            f"knl scale predict --from {folder} --json"
-        ) from None
-    return sorted(good, key=lambda row: row["nodes"])
+        recipe = convert(tomllib.loads(study.recipe_toml), Recipe, folder / STUDY)
+        made = prepare(recipe, folder, None, None, None, None)
+        most = _FARTHEST if study.cores_per_rank is None else 4 * rows[-1].nodes
+        counts = {row.nodes for row in rows} | {2**n for n in range(most.bit_length())}
+        found = to_json(made, tuple(sorted(counts)))["rows"]
+    except (KnlError, tomllib.TOMLDecodeError) as error:
+        return [], f"No prediction: {error}"
+    return found, ""
 
 
 def prediction_plot(
-    study: Study, rows: Sequence[Row], predicted: Sequence[Mapping[str, Any]], model: str
+    study: Study, rows: Sequence[Row], predicted: Sequence[Predicted], model: str
 ) -> Plot | None:
     """Efficiency: measured, predicted with its interval, published. None where there is nothing but
     what was measured. `model`: the recipe's."""
@@ -72,16 +79,22 @@ def prediction_plot(
     if not predicted and not points:
         return None
 
+    nodes = "nodes" if study.cores_per_rank is None else "ranks, which stand for nodes"
+
     def paint(axes: Any) -> None:
         axes.axhline(100, color=GREY, linestyle="--", linewidth=1.5)
+        base = 1.0  # the model compares with one node, the study with its baseline
         if predicted:
-            nodes = [row["nodes"] for row in predicted]
-            low, high = zip(*(_interval(row) for row in predicted))
-            axes.fill_between(nodes, low, high, color=ORANGE, alpha=0.3, linewidth=0,
+            base = next(row["efficiency"] for row in predicted if row["nodes"] == rows[0].nodes)
+            counted = [row["nodes"] for row in predicted]
+            low, middle, high = (
+                [100 * row[f"efficiency{bound}"] for row in predicted]
+                for bound in ("_low", "", "_high")
+            )
+            axes.fill_between(counted, low, high, color=ORANGE, alpha=0.3, linewidth=0,
                               label="predicted, interval")  # fmt: skip
-            axes.plot(nodes, [100 * number(row, "efficiency") for row in predicted],
-                      color=ORANGE, linestyle="-.", label="predicted")  # fmt: skip
-        axes.plot([row.nodes for row in rows], [100 * row.efficiency for row in rows],
+            axes.plot(counted, middle, color=ORANGE, linestyle="-.", label="predicted")  # fmt: skip
+        axes.plot([row.nodes for row in rows], [100 * base * row.efficiency for row in rows],
                   color=GREEN, marker="o", label="measured")  # fmt: skip
         for mark, color, name in zip(
             "D^s", (BLUE, BLACK, GREY), dict.fromkeys(p.who for p in points)
@@ -89,19 +102,47 @@ def prediction_plot(
             found = [(p.nodes, 100 * p.efficiency) for p in points if p.who == name]
             axes.plot(*zip(*found), mark, color=color, markersize=7, label=name)
         counts = {row.nodes for row in rows} | {row["nodes"] for row in predicted}
-        node_axis(axes, sorted(counts | {p.nodes for p in points}), "nodes")
+        node_axis(axes, sorted(counts | {p.nodes for p in points}), nodes)
         axes.set_ylim(bottom=0)
         axes.set_ylabel("efficiency (%)")
         legend_below(axes, 2)
 
-    caption = "Efficiency as measured, as the model goes on, and as published for Xeon Phi 7250."
+    caption = "Efficiency as measured, and as the model that is fitted to it goes on."
+    caption += " Marks: as published for Xeon Phi 7250." if points else ""
     return draw("prediction", "Prediction", caption, paint, inches=(5.4, 3.9))
 
 
-def _interval(row: Mapping[str, Any]) -> tuple[float, float]:
-    """Per cent; the bare prediction where it has no bounds."""
-    middle = number(row, "efficiency")
-    step, low, high = (number(row, key) for key in ("step_s", "step_s_low", "step_s_high"))
-    if step > 0 and low > 0 and high > 0:
-        return 100 * middle * step / high, 100 * middle * step / low
-    return 100 * middle, 100 * middle
+def prediction_table(predicted: Sequence[Predicted]) -> Table:
+    """What the model says, in full."""
+    titles = [*predicted[0]]
+    return Table("prediction", titles, [[row.get(title) for title in titles] for row in predicted])
+
+
+def prediction_numbers(predicted: Sequence[Predicted]) -> str:
+    """The part of it that is for the page."""
+    titles = {
+        "nodes": "nodes", "step_s": "s a step", "exposed_s": "exposed s",
+        "straggler_s": "straggler s", "efficiency_low": "efficiency, least",
+        "efficiency": "efficiency", "efficiency_high": "greatest", "hours": "hours",
+        "node_hours": "node-hours", "su": "SU", "cost_usd": "USD",
+    }  # fmt: skip
+    rows = [[row.get(key) for key in titles] for row in predicted]
+    return table_html(Table("prediction", [*titles.values()], rows), "As predicted.")
+
+
+def prediction_finding(predicted: Sequence[Predicted], measured: int) -> Finding | None:
+    """Where more nodes would lose. `measured`: the most that were."""
+    last = predicted[-1] if predicted else None
+    if last is None or last["nodes"] <= measured or not last["step_s"] > 0:
+        return None
+    parts = {"exposed sync": last["exposed_s"], "waiting for late ranks": last["straggler_s"]}
+    part = max(parts, key=lambda name: parts[name])
+    good = [row["nodes"] for row in predicted if row["efficiency"] >= 0.8]
+    until = f"it stays above 80% up to {max(good)} nodes" if good else "it is below 80% everywhere"
+    return Finding(
+        0.25,
+        f"At {last['nodes']} nodes the model expects an efficiency of {last['efficiency']:.0%} "
+        f"({last['efficiency_low']:.0%} to {last['efficiency_high']:.0%}), with "
+        f"{parts[part] / last['step_s']:.0%} of the step {part}; {until}.",
+        "A wide interval narrows with more nodes and repetitions in the study.",
+    )

@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from knl.report.page import Card, Page, Table, plots_html, shown, table_html, words_html
-from knl.report.prediction import prediction_plot, read_prediction
+from knl.report.prediction import (
+    predicted_rows,
+    prediction_finding,
+    prediction_numbers,
+    prediction_plot,
+    prediction_table,
+)
 from knl.report.study_findings import study_findings
 from knl.report.study_plots import study_plots
 from knl.report.train_time import Training, charge, hours_of, training_of
@@ -37,31 +43,33 @@ def study_page(study: Study, folder: Path) -> Page:
         recipe = tomllib.loads(study.recipe_toml)
     training = training_of(study, recipe)
     plots = study_plots(study, rows, training) if rows else []
-    predicted = read_prediction(folder)
+    predicted, why_not = predicted_rows(study, folder, rows)
     model = str(recipe.get("model", {}).get("name", ""))
     if rows and (plot := prediction_plot(study, rows, predicted, model)):
         plots.append(plot)
     by_name = {plot.name: plot for plot in plots}
     tables = _tables(study, rows, training)
     if predicted:
-        titles = [*predicted[0]]
-        values = [[row.get(title) for title in titles] for row in predicted]
-        tables.append(Table("prediction", titles, values))
+        tables.append(prediction_table(predicted))
+    findings = study_findings(study, rows, training) if rows else []
+    if finding := prediction_finding(predicted, rows[-1].nodes if rows else 0):
+        findings.append(finding)
     sections = []
     for heading, names in _SECTIONS:
         if found := [by_name[name] for name in names if name in by_name]:
             sections.append((heading, plots_html(found)))
     numbers = [table_html(table) for table in tables if table.name in ("scaling", "breakdown")]
+    numbers += [prediction_numbers(predicted)] if predicted else []
     sections.append(("Numbers", "".join(numbers) or "<p>There are none.</p>"))
     sections.append(("Words", words_html(_words(study))))
     return Page(
         kind="Scaling study",
         title=study.recipe or folder.absolute().name,
         lead=_lead(study),
-        notices=_notices(study, rows),
+        notices=[*_notices(study, rows), *([why_not] if why_not else [])],
         cards=_cards(rows, training),
         sections=sections,
-        findings=study_findings(study, rows, training) if rows else [],
+        findings=findings,
         plots=plots,
         tables=tables,
     )

@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from knl.config import load_recipe, to_toml
 from knl.errors import InputError
 from knl.report.command import report
 from knl.scaling.study import STUDY, save_study
@@ -181,24 +182,28 @@ def test_what_is_neither_is_refused_in_a_line(tmp_path):
 
 
 def test_prediction_and_published_points_are_beside_what_was_measured(tmp_path):
-    found = study(point(1), point(2, 0, 1.1), recipe_toml='[model]\nname = "resnet50"\n',
-                  site="stampede2")  # fmt: skip
+    recipe = load_recipe("resnet50-32k", ["data.path=/none"])
+    found = study(point(1), point(2, 0, 1.1), recipe_toml=to_toml(recipe), site="stampede2")
     save_study(tmp_path / STUDY, found)
-    rows = [{"nodes": n, "efficiency": 1 / n**0.1, "step_s": 1.0, "step_s_low": 0.9,
-             "step_s_high": 1.2} for n in (1, 2, 512)]  # fmt: skip
-    (tmp_path / "prediction.json").write_text(json.dumps({"rows": rows}))
     report(tmp_path)
     text = page_of(tmp_path)
-    assert "published for Xeon Phi 7250" in text and (tmp_path / "plots/prediction.svg").exists()
+    assert "as published for Xeon Phi 7250" in text
+    assert (tmp_path / "plots" / "prediction.svg").exists()
     with (tmp_path / "tables" / "prediction.csv").open() as file:
-        assert [int(row["nodes"]) for row in csv.DictReader(file)] == [1, 2, 512]
+        rows = list(csv.DictReader(file))
+    assert [int(row["nodes"]) for row in rows] == [2**n for n in range(12)]
+    for row in rows:
+        low, middle, high = (float(row[f"efficiency{end}"]) for end in ("_low", "", "_high"))
+        assert 0 < low <= middle <= high
     with (tmp_path / "tables" / "scaling.csv").open() as file:
         last = [*csv.DictReader(file)][-1]
     assert float(last["SU"]) == pytest.approx(0.8 * float(last["node-hours"]))
     assert float(last["USD of nodes"]) == 2 * 2436
-    (tmp_path / "prediction.json").write_text("[]")
-    with pytest.raises(InputError, match="not a prediction"):
-        report(tmp_path)
+
+
+def test_a_study_that_cannot_be_predicted_says_why(tmp_path):
+    save_study(tmp_path / STUDY, study(point(1), point(2), recipe_toml="x = 1"))
+    assert any("No prediction:" in notice for notice in report(tmp_path)["notices"])
 
 
 def test_published_efficiencies_are_those_of_the_paper():
