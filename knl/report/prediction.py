@@ -12,6 +12,7 @@ from knl.config import Recipe, convert
 from knl.errors import KnlError
 from knl.report.page import Finding, Table, table_html
 from knl.report.plots import BLACK, BLUE, GREEN, GREY, ORANGE, Plot, draw, legend_below, node_axis
+from knl.report.train_time import Training
 from knl.scaling.predict import prepare, to_json
 from knl.scaling.study import STUDY, Row, Study
 
@@ -118,16 +119,24 @@ def prediction_table(predicted: Sequence[Predicted]) -> Table:
     return Table("prediction", titles, [[row.get(title) for title in titles] for row in predicted])
 
 
-def prediction_numbers(predicted: Sequence[Predicted]) -> str:
-    """The part of it that is for the page."""
+def prediction_numbers(predicted: Sequence[Predicted], training: Training) -> str:
+    """The part of it that is for the page, for the same training as the measured rows."""
     titles = {
         "nodes": "nodes", "step_s": "s a step", "exposed_s": "exposed s",
         "straggler_s": "straggler s", "efficiency_low": "efficiency, least",
         "efficiency": "efficiency", "efficiency_high": "greatest", "hours": "hours",
-        "node_hours": "node-hours", "su": "SU", "cost_usd": "USD",
+        "node_hours": "node-hours", "su": "SU", "cost_usd": "USD of use",
     }  # fmt: skip
-    rows = [[row.get(key) for key in titles] for row in predicted]
+    rows = [[{**row, **_of_training(row, training)}.get(key) for key in titles]
+            for row in predicted]  # fmt: skip
     return table_html(Table("prediction", [*titles.values()], rows), "As predicted.")
+
+
+def _of_training(row: Predicted, training: Training) -> dict[str, float]:
+    """What grows with the hours: the prediction's own are of the recipe's set."""
+    hours = training.images / row["images_per_s"] / 3600.0
+    keys = ("hours", "node_hours", "su", "cost_usd")
+    return {key: row[key] * hours / row["hours"] for key in keys if row.get(key) is not None}
 
 
 def prediction_finding(predicted: Sequence[Predicted], measured: int) -> Finding | None:

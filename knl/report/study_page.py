@@ -59,7 +59,7 @@ def study_page(study: Study, folder: Path) -> Page:
         if found := [by_name[name] for name in names if name in by_name]:
             sections.append((heading, plots_html(found)))
     numbers = [table_html(table) for table in tables if table.name in ("scaling", "breakdown")]
-    numbers += [prediction_numbers(predicted)] if predicted else []
+    numbers += [prediction_numbers(predicted, training)] if predicted else []
     sections.append(("Numbers", "".join(numbers) or "<p>There are none.</p>"))
     sections.append(("Words", words_html(_words(study))))
     return Page(
