@@ -9,8 +9,8 @@ say stays as the site has it, with its whole uncertainty.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,7 +71,9 @@ def fit_sync(known: Known, setting: Setting, points: Sequence[Point], has_site: 
 
     def misfit(values: NDArray[np.float64]) -> NDArray[np.float64]:
         sync = _sync(values)
-        modelled = {n: step_of(known, setting, sync, n).exposed_s for n in {p.nodes for p in several}}
+        modelled = {
+            n: step_of(known, setting, sync, n).exposed_s for n in {p.nodes for p in several}
+        }
         times = np.array([modelled[point.nodes] for point in several])
         return np.concatenate([(times - measured) / sigma, values / spread])
 
@@ -96,12 +98,10 @@ def spread_of(known: Known, setting: Setting, fit: Fit, nodes: int) -> tuple[Ste
 
 
 def _stretched(step: Step, factor: float) -> Step:
-    from dataclasses import replace
-
     return replace(step, straggler_s=step.straggler_s * factor)
 
 
-def _start(misfit) -> NDArray[np.float64]:  # type: ignore[no-untyped-def]
+def _start(misfit: Callable[[NDArray[np.float64]], NDArray[np.float64]]) -> NDArray[np.float64]:
     """The best of a coarse grid: where all sums are hidden the misfit has no slope to follow."""
     grid = [
         np.array([latency, bandwidth, 0.01])

@@ -135,7 +135,7 @@ def training_hours(known: Known, step: Step) -> float:
 
 
 def bounds(setting: Setting, sync: Sync) -> tuple[tuple[Setting, Sync], tuple[Setting, Sync]]:
-    """Where nothing was fitted: the fastest and the slowest that can be argued for. Fast: all of the
+    """Where nothing was fitted: the fastest and the slowest that can be argued for. Fast: all of a
     node's bandwidth whatever its ranks, no stragglers. Slow: half of the bandwidth, twice the
     latency, sums only after backward, twice the stragglers."""
     net = setting.network
