@@ -175,12 +175,12 @@ def _queue(site: Site | None, nodes: int) -> Queue | None:
 
 
 def _fit(fit: Fit, net: Network) -> dict[str, Any]:
-    site = {"latency": net.latency_us, "bandwidth": net.node_gb_s, "contention": 1.0}
-    units = {"latency": "latency_us", "bandwidth": "node_gb_s", "contention": "contention"}
+    site = {"latency": net.latency_us, "bandwidth": net.node_gb_s}
+    keys = {"latency": "latency_us", "bandwidth": "node_gb_s"}
     result: dict[str, Any] = {"points": fit.points, "residual": fit.residual}
     for name in NAMES:
-        value, low, high = (number * site[name] for number in fit.interval(name))
-        result[units[name]] = {"value": value, "low": low, "high": high}
+        value, low, high = (number * site.get(name, 1.0) for number in fit.interval(name))
+        result[keys.get(name, name)] = {"value": value, "low": low, "high": high}
     return result
 
 
@@ -257,7 +257,7 @@ def describe(result: dict[str, Any]) -> str:
         fit = result["fit"]
         shown = [
             f"{key} {fit[key]['value']:.3g} ({fit[key]['low']:.3g} to {fit[key]['high']:.3g})"
-            for key in ("latency_us", "node_gb_s", "contention")
+            for key in ("latency_us", "node_gb_s", "contention", "slowdown")
         ]
         lines += ["", f"fitted to {fit['points']} points, 90 %: " + ", ".join(shown)]
     lines += ["", *(f"{word}: {text}" for word, text in result["assumptions"].items())]
