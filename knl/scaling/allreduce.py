@@ -1,5 +1,5 @@
-"""Seconds of one allreduce on a fat tree, by algorithm: the usual latency-bandwidth model (Hockney),
-with what a node, a rank and the links up of a leaf switch can carry.
+"""Seconds of one allreduce on a fat tree, by algorithm: the usual model of latency and bandwidth
+(Hockney 1994), with what a node, a rank and the links up of a leaf switch can carry.
 
 Sums themselves are taken to cost nothing, messages of all nodes to start together. Nodes are filled
 leaf by leaf, ranks node by node.
@@ -12,7 +12,7 @@ from functools import lru_cache
 
 from knl.site import Network
 
-# Of a node's memory, for sums between its ranks: STREAM of a Xeon Phi 7250's DDR4 is 80 to 90 (TACC).
+# Of a node's memory, for sums between its ranks: STREAM on a Xeon Phi 7250's DDR4 (TACC: 80-90).
 MEMORY_GB_S = 80.0
 ALGORITHMS = ("ring", "halving-doubling", "double-tree", "hierarchical")
 
@@ -38,7 +38,7 @@ def best(size: float, nodes: int, ranks_per_node: int, net: Network) -> tuple[st
 
 def ring(size: float, nodes: int, ranks_per_node: int, net: Network) -> float:
     """Reduce-scatter and allgather around a ring (Patarasuk, Yuan 2009): 2 (p - 1) steps of
-    1/p of the bytes. Between two nodes there is one rank's stream, over a leaf's edge one node's."""
+    1/p of the bytes. Between two nodes goes one rank's stream, over a leaf's edge one node's."""
     ranks = nodes * ranks_per_node
     return 2 * (ranks - 1) * (_latency(net) + size / ranks / _stream(1, net))
 
@@ -101,7 +101,7 @@ def _stream(ranks: int, net: Network) -> float:
 
 
 def _shared(bandwidth: float, crowd: float, net: Network) -> float:
-    """What one node gets where `crowd` nodes share each link up: a link carries what a node does."""
+    """What a node gets where `crowd` of them share a link up, which carries what a node does."""
     return min(bandwidth, net.node_gb_s * 1e9 / max(1.0, crowd))
 
 

@@ -120,7 +120,9 @@ def from_study(recipe: Recipe, folder: Path) -> tuple[Known, Study]:
     images = baseline[0].global_batch // first
     compute = parts["compute"]
     if compute <= 0:
-        raise InputError(f"study {folder}: compute = {compute:g} s at {first} nodes; measure it anew")
+        raise InputError(
+            f"study {folder}: compute = {compute:g} s at {first} nodes; measure it anew"
+        )
     buckets = buckets_of(layers, recipe.comm)
     backward = _BACKWARD
     if study.forward_s > 0 and study.backward_s > 0:
@@ -170,4 +172,3 @@ def usable_points(study: Study, folder: Path) -> list[Point]:
 
 def _parts(point: Point) -> dict[str, float]:
     return point.breakdown or {}
-

@@ -5,12 +5,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from knl.config import Recipe
 
 # What a step costs in forwards: the forward, the gradient of the inputs, that of the weights.
 TRAINING_OVER_FORWARD = 3
 _FLOAT = 4
+
+
+class _Stage(NamedTuple):
+    """Blocks alike: (kernel size, width) of their convolutions, and how many."""
+
+    body: tuple[tuple[int, int], ...]
+    blocks: int
 
 
 @dataclass(frozen=True)
@@ -66,13 +74,13 @@ def _resnet(large: bool, pixels: int, classes: int, channels: int) -> Iterator[L
         width = 64
         yield _conv("conv1", channels, width, 7, side)
         side = (side + 1) // 2
-        stages = [(w, ((1, w), (3, w), (1, 4 * w)), n) for w, n in _STAGES]
+        stages = [_Stage(((1, w), (3, w), (1, 4 * w)), n) for w, n in _STAGES]
     else:
         side, width = pixels, 16
         yield _conv("conv1", channels, width, 3, side)
-        stages = [(w, ((3, w), (3, w)), 1) for w in (16, 32, 64)]
+        stages = [_Stage(((3, w), (3, w)), 1) for w in (16, 32, 64)]
     yield _norm("norm1", width)
-    for stage, (_, body, blocks) in enumerate(stages):
+    for stage, (body, blocks) in enumerate(stages):
         for block in range(blocks):
             stride = 2 if block == 0 and stage > 0 else 1
             yield from _block(f"block{stage + 1}.{block + 1}", width, body, side, stride)
@@ -101,14 +109,28 @@ def _block(
 
 def _alexnet(name: str, classes: int, channels: int) -> Iterator[Layer]:
     if name == "alexnet-torch":
-        shapes = [(64, 11, 55, 1), (192, 5, 27, 1), (384, 3, 13, 1), (256, 3, 13, 1), (256, 3, 13, 1)]
+        shapes = [
+            (64, 11, 55, 1),
+            (192, 5, 27, 1),
+            (384, 3, 13, 1),
+            (256, 3, 13, 1),
+            (256, 3, 13, 1),
+        ]
     else:
-        shapes = [(96, 11, 55, 1), (256, 5, 27, 2), (384, 3, 13, 1), (384, 3, 13, 2), (256, 3, 13, 2)]
+        shapes = [
+            (96, 11, 55, 1),
+            (256, 5, 27, 2),
+            (384, 3, 13, 1),
+            (384, 3, 13, 2),
+            (256, 3, 13, 2),
+        ]
     width = channels
     for number, (outputs, size, side, groups) in enumerate(shapes, 1):
         yield _conv(f"conv{number}", width, outputs, size, side, groups, bias=True)
         width = outputs
         if name == "alexnet-bn" and number < len(shapes):
             yield _norm(f"norm{number}", outputs)
-    for number, (inputs, outputs) in enumerate(((width * 36, 4096), (4096, 4096), (4096, classes)), 6):
+    for number, (inputs, outputs) in enumerate(
+        ((width * 36, 4096), (4096, 4096), (4096, classes)), 6
+    ):
         yield _linear(f"fc{number}", inputs, outputs)

@@ -22,12 +22,14 @@ _FORWARD = 1 / 3
 @dataclass(frozen=True)
 class Sync:
     """How sums of gradients go. `latency`, `bandwidth`: times what the network has; `contention`:
-    what each doubling of the nodes adds, as a share; `overlap`: behind backward, or all after it;
-    `algorithm`: of knl.scaling.allreduce, or the best for each size."""
+    what each doubling of the nodes adds, as a share; `slowdown`: by what share all the rest of a
+    step is longer where there are sums, which take cores and memory from it; `overlap`: behind
+    backward, or all after it; `algorithm`: of knl.scaling.allreduce, or the best for each size."""
 
     latency: float = 1.0
     bandwidth: float = 1.0
     contention: float = 0.0
+    slowdown: float = 0.0
     overlap: bool = True
     algorithm: str = "best"
 
@@ -101,7 +103,8 @@ def batches(known: Known, nodes: int, scaling: Scaling) -> tuple[int, int, int]:
 def step_of(known: Known, setting: Setting, sync: Sync, nodes: int) -> Step:
     """The parts of a step on so many nodes."""
     batch, images, last = batches(known, nodes, setting.scaling)
-    backward = known.backward * known.image_s * last
+    slower = 1.0 + (sync.slowdown if nodes > known.sample_nodes else 0.0)
+    backward = known.backward * known.image_s * last * slower
 
     def seconds(size: int) -> float:
         return sync.seconds(size, nodes, setting.ranks_per_node, setting.network)
@@ -115,8 +118,8 @@ def step_of(known: Known, setting: Setting, sync: Sync, nodes: int) -> Step:
         nodes=nodes,
         global_batch=batch,
         node_images=images,
-        compute_s=known.image_s * images,
-        fixed_s=known.fixed_s,
+        compute_s=known.image_s * images * slower,
+        fixed_s=known.fixed_s * slower,
         allreduce_s=total,
         exposed_s=hidden if total else 0.0,
         straggler_s=scale * expected_excess(known.sample, draws),
@@ -135,7 +138,7 @@ def training_hours(known: Known, step: Step) -> float:
 
 
 def bounds(setting: Setting, sync: Sync) -> tuple[tuple[Setting, Sync], tuple[Setting, Sync]]:
-    """Where nothing was fitted: the fastest and the slowest that can be argued for. Fast: all of the
+    """Where nothing was fitted: the fastest and the slowest that can be argued for. Fast: all of a
     node's bandwidth whatever its ranks, no stragglers. Slow: half of the bandwidth, twice the
     latency, sums only after backward, twice the stragglers."""
     net = setting.network

@@ -28,7 +28,7 @@ def buckets_of(layers: Sequence[Layer], comm: Comm) -> list[Bucket]:
     first_limit = comm.first_bucket_mb * _MIB
     total = sum(layer.flops for layer in layers)
     found: list[Bucket] = []
-    size, done = 0, 0.0
+    size, done, ready = 0, 0.0, 0.0
     for layer in reversed(layers):
         done += layer.flops
         for tensor in reversed(layer.tensors):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from knl.config import Recipe
 from knl.errors import InputError
@@ -15,7 +15,6 @@ from knl.scaling.known import JITTER, Known, from_profile, from_speed, from_stud
 from knl.scaling.model import (
     Scaling,
     Setting,
-    Step,
     Sync,
     bounds,
     scaled_network,
@@ -41,18 +40,18 @@ class Prediction:
     known: Known
     setting: Setting
     sync: Sync
-    site: Optional[Site]
-    fit: Optional[Fit] = None
-    study: Optional[Study] = None
+    site: Site | None
+    fit: Fit | None = None
+    study: Study | None = None
 
 
 def prepare(
     recipe: Recipe,
-    source: Optional[Path],
-    images_per_s: Optional[float],
-    site_name: Optional[str],
-    ranks_per_node: Optional[int],
-    scaling: Optional[Scaling],
+    source: Path | None,
+    images_per_s: float | None,
+    site_name: str | None,
+    ranks_per_node: int | None,
+    scaling: Scaling | None,
 ) -> Prediction:
     """Read what is known. Raises InputError where it is too little, or too much."""
     if (source is None) == (images_per_s is None):
@@ -62,7 +61,7 @@ def prepare(
         )
     if images_per_s is not None and not 0 < images_per_s < 1e9:
         raise InputError(f"--node-images-per-s {images_per_s:g}: must be above 0 and below 1e9")
-    study: Optional[Study] = None
+    study: Study | None = None
     if images_per_s is not None:
         known = from_speed(recipe, images_per_s, f"{images_per_s:g} images/s a node, as given")
     elif source is not None and source.is_file():
@@ -167,7 +166,7 @@ def _sums(made: Prediction, nodes: int) -> list[dict[str, Any]]:
     return found
 
 
-def _queue(site: Optional[Site], nodes: int) -> Optional[Queue]:
+def _queue(site: Site | None, nodes: int) -> Queue | None:
     """The first that takes so many nodes; else the widest, whose rates then stand for more."""
     if site is None or not site.queues:
         return None
@@ -176,12 +175,12 @@ def _queue(site: Optional[Site], nodes: int) -> Optional[Queue]:
 
 
 def _fit(fit: Fit, net: Network) -> dict[str, Any]:
-    site = {"latency": net.latency_us, "bandwidth": net.node_gb_s, "contention": 1.0}
-    units = {"latency": "latency_us", "bandwidth": "node_gb_s", "contention": "contention"}
+    site = {"latency": net.latency_us, "bandwidth": net.node_gb_s}
+    keys = {"latency": "latency_us", "bandwidth": "node_gb_s"}
     result: dict[str, Any] = {"points": fit.points, "residual": fit.residual}
     for name in NAMES:
-        value, low, high = (number * site[name] for number in fit.interval(name))
-        result[units[name]] = {"value": value, "low": low, "high": high}
+        value, low, high = (number * site.get(name, 1.0) for number in fit.interval(name))
+        result[keys.get(name, name)] = {"value": value, "low": low, "high": high}
     return result
 
 
@@ -208,8 +207,8 @@ def _assumptions(made: Prediction, most: int) -> dict[str, str]:
     if known.measured:
         low, high = interval(known.sample, max(1.0, most / known.sample_nodes))
         found["stragglers"] = (
-            f"the expected slowest of {most} nodes, from {len(known.sample)} measured steps with an "
-            f"exponential tail: {low * 1e3:.3g} to {high * 1e3:.3g} ms (90 %)"
+            f"the expected slowest of {most} nodes, from {len(known.sample)} measured steps with "
+            f"an exponential tail: {low * 1e3:.3g} to {high * 1e3:.3g} ms (90 %)"
         )
     else:
         found["stragglers"] = (
@@ -225,8 +224,8 @@ def _assumptions(made: Prediction, most: int) -> dict[str, str]:
         found["interval"] = "90 % of what the fit leaves open; stragglers half to one and a half"
     else:
         found["interval"] = (
-            "no statistics. Low: a node's whole bandwidth, no stragglers. High: half the bandwidth, "
-            "twice the latency, sums only after backward, twice the stragglers"
+            "no statistics. Low: a node's whole bandwidth, no stragglers. High: half the "
+            "bandwidth, twice the latency, sums only after backward, twice the stragglers"
         )
     if made.site and most > max((queue.nodes for queue in made.site.queues), default=most):
         found["queue"] = f"no queue of {made.site.name} takes {most} nodes: rates of its widest"
@@ -237,9 +236,9 @@ def describe(result: dict[str, Any]) -> str:
     """The table and the assumptions, for a reader."""
     lines = [
         f"{result['recipe']} on {result['site'] or 'this machine'}, {result['scaling']} scaling",
-        f"{'nodes':>6}{'batch':>7}{'compute':>9}{'sync':>8}{'exposed':>9}{'slowest':>9}{'step ms':>9}"
-        f"{'(low to high)':>17}{'images/s':>10}{'effic.':>8}{'hours':>9}{'node-h':>9}{'SU':>8}"
-        f"{'kWh':>8}{'USD':>9}",
+        f"{'nodes':>6}{'batch':>7}{'compute':>9}{'sync':>8}{'exposed':>9}{'slowest':>9}"
+        f"{'step ms':>9}{'(low to high)':>17}{'images/s':>10}{'effic.':>8}"
+        f"{'hours':>9}{'node-h':>9}{'SU':>8}{'kWh':>8}{'USD':>9}",
     ]
     for row in result["rows"]:
         ms = {key: f"{row[key] * 1e3:.1f}" for key in row if key.endswith("_s") or "step_s" in key}
@@ -258,7 +257,7 @@ def describe(result: dict[str, Any]) -> str:
         fit = result["fit"]
         shown = [
             f"{key} {fit[key]['value']:.3g} ({fit[key]['low']:.3g} to {fit[key]['high']:.3g})"
-            for key in ("latency_us", "node_gb_s", "contention")
+            for key in ("latency_us", "node_gb_s", "contention", "slowdown")
         ]
         lines += ["", f"fitted to {fit['points']} points, 90 %: " + ", ".join(shown)]
     lines += ["", *(f"{word}: {text}" for word, text in result["assumptions"].items())]

@@ -32,15 +32,13 @@ def interval(sample: Sequence[float], draws: float, seed: int = 0) -> tuple[floa
     """Bounds of 90 % of the expected excess, by resampling the steps 200 times."""
     values = np.asarray(sample, dtype=np.float64)
     rng = np.random.default_rng(seed)
-    found = [
-        expected_excess(rng.choice(values, values.size).tolist(), draws) for _ in range(200)
-    ]
+    found = [expected_excess(rng.choice(values, values.size).tolist(), draws) for _ in range(200)]
     low, high = np.quantile(found, [0.05, 0.95])
     return float(low), float(high)
 
 
 def assumed_sample(mean: float, deviation: float) -> list[float]:
-    """Where nothing was measured: the quantiles of a normal distribution. `deviation`: of the mean."""
+    """Where nothing was measured: a normal distribution's quantiles. `deviation`: of the mean."""
     curve = NormalDist(mean, mean * deviation)
     return [curve.inv_cdf((number + 0.5) / 200) for number in range(200)]
 
