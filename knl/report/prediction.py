@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from knl.report.page import Finding, Table, table_html
 from knl.report.plots import BLACK, BLUE, GREEN, GREY, ORANGE, Plot, draw, legend_below, node_axis
 from knl.report.train_time import Training
 from knl.scaling.predict import prepare, to_json
+from knl.scaling.published import PUBLISHED, Published
 from knl.scaling.study import STUDY, Row, Study
 
 if sys.version_info >= (3, 11):
@@ -27,30 +27,10 @@ _FARTHEST = 2048
 _IMAGENET = 1_281_167
 
 
-@dataclass(frozen=True)
-class Published:
-    """A training on many nodes that was published, and images/s of one node alone."""
-
-    who: str
-    model: str
-    nodes: int
-    epochs: int
-    minutes: float
-    alone: float
-
-    @property
-    def efficiency(self) -> float:
-        """Images/s of a node of many over those of one alone."""
-        return _IMAGENET * self.epochs / (60 * self.minutes) / self.nodes / self.alone
-
-
-# Times: You et al., "ImageNet Training in Minutes" (arXiv 1709.05011); one node alone: Intel Caffe
-# on four Xeon Phi 7250 at large batches.
-PUBLISHED = (
-    Published("You et al. 2017, ResNet-50", "resnet50", 512, 90, 60, 79),
-    Published("You et al. 2017, ResNet-50", "resnet50", 2048, 90, 20, 79),
-    Published("You et al. 2017, AlexNet", "alexnet", 512, 100, 24, 640),
-)
+def efficiency_of(point: Published) -> float:
+    """Images/s of a node of many over those of one alone, of which a speed was published."""
+    speed = _IMAGENET * point.epochs / (60 * point.minutes)
+    return speed / point.nodes / point.node_speed
 
 
 def predicted_rows(study: Study, folder: Path, rows: Sequence[Row]) -> tuple[list[Predicted], str]:
@@ -74,12 +54,11 @@ def prediction_plot(
 ) -> Plot | None:
     """Efficiency: measured, predicted with its interval, published. None where there is nothing but
     what was measured. `model`: the recipe's."""
-    points = [p for p in PUBLISHED if model.startswith(p.model)]
+    points = [p for p in PUBLISHED if model.startswith(p.net) and p.node_speed and p.epochs >= 90]
     # Ranks of one machine are no nodes: what others did with nodes would mislead beside them.
     points = points if study.cores_per_rank is None else []
     if not predicted and not points:
         return None
-
     nodes = "nodes" if study.cores_per_rank is None else "ranks, which stand for nodes"
 
     def paint(axes: Any) -> None:
@@ -97,11 +76,10 @@ def prediction_plot(
             axes.plot(counted, middle, color=ORANGE, linestyle="-.", label="predicted")  # fmt: skip
         axes.plot([row.nodes for row in rows], [100 * base * row.efficiency for row in rows],
                   color=GREEN, marker="o", label="measured")  # fmt: skip
-        for mark, color, name in zip(
-            "D^s", (BLUE, BLACK, GREY), dict.fromkeys(p.who for p in points)
-        ):
-            found = [(p.nodes, 100 * p.efficiency) for p in points if p.who == name]
-            axes.plot(*zip(*found), mark, color=color, markersize=7, label=name)
+        sources = dict.fromkeys(p.source for p in points)
+        for mark, color, source in zip("D^s", (BLUE, BLACK, GREY), sources):
+            of = [(p.nodes, 100 * efficiency_of(p)) for p in points if p.source == source]
+            axes.plot(*zip(*of), mark, color=color, markersize=7, label=source.split(",")[0])
         counts = {row.nodes for row in rows} | {row["nodes"] for row in predicted}
         node_axis(axes, sorted(counts | {p.nodes for p in points}), nodes)
         axes.set_ylim(bottom=0)
