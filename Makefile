@@ -1,4 +1,4 @@
-# make demo   trains a real model on two oneCCL ranks
+# make demo   trains a real model on two oneCCL ranks, and writes a report with plots
 # make test   runs every test
 # make module PREFIX=/folder   installs knl as a module: for module use /folder/modulefiles
 # make campaign   kills a real training KILLS times and compares its weights: reliability.md
@@ -25,7 +25,8 @@ INSTALL = $(CHECK); \
 .PHONY: demo test module campaign clean
 
 demo:
-	@$(call INSTALL); "$$bin/knl" train digits -n 2
+	@$(call INSTALL); run="runs/demo-$$(date +%Y%m%d-%H%M%S)"; \
+	"$$bin/knl" train digits -n 2 --run-dir "$$run" && "$$bin/knl" report "$$run"
 
 test:
 	@$(call INSTALL,--test); set -e; \

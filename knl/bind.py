@@ -41,6 +41,11 @@ def loader_cpus() -> frozenset[int]:
     return frozenset(parse_cpulist(os.environ.get(_LOADER_CPUS, ""))) or _MASK
 
 
+def compute_cpus() -> frozenset[int]:
+    """All CPUs that this process had at its start: under a plan, those that compute."""
+    return _MASK
+
+
 @contextmanager
 def on_loader_cpus() -> Iterator[None]:
     """Threads started here run on the loader CPUs."""

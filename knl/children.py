@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import queue
 import signal
 import subprocess
+import threading
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -44,6 +46,36 @@ def child(
         raise
     for number in _end(process, mark):
         signal.raise_signal(number)
+
+
+def lines_of(process: subprocess.Popen[bytes], silence_s: float) -> Iterator[bytes]:
+    """The lines of its stdout, until it ends. Raises TimeoutError after `silence_s` seconds without
+    one."""
+    pipe = process.stdout
+    assert pipe is not None  # `child` opens one
+    lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+
+    def read() -> None:
+        with pipe:
+            for line in pipe:
+                lines.put(line)
+        lines.put(b"")
+
+    threading.Thread(target=read, daemon=True).start()
+    try:
+        while line := lines.get(timeout=silence_s):
+            yield line
+        process.wait(timeout=silence_s)
+    except (queue.Empty, subprocess.TimeoutExpired):
+        raise TimeoutError(f"nothing for {silence_s:.0f} s: ended") from None
+
+
+def last_words(text: str) -> str:
+    """The line of a command's stderr that says best why it failed: not knl's notes beside, nor
+    mpiexec's box around."""
+    lines = [line.strip() for line in text.splitlines() if line.strip(" =\t")]
+    own = [line for line in lines if not line.startswith(("knl: ", "|", "="))]
+    return (own or lines or ["no message"])[-1]
 
 
 def _end(process: subprocess.Popen[bytes], mark: str) -> list[int]:

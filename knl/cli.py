@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING, NoReturn, Optional
 
 import typer
 
-from knl import __version__, cli_bench, cli_bundle, cli_checkpoint, cli_data, cli_node, cli_slurm
+from knl import (
+    __version__,
+    cli_bench,
+    cli_bundle,
+    cli_checkpoint,
+    cli_data,
+    cli_node,
+    cli_scale,
+    cli_slurm,
+    cli_study,
+)
 from knl.comm.watchdog import end_job
 from knl.comm.world import SINGLE, Provider, World, world_from
 from knl.errors import FailedError, InputError, KnlError, say
@@ -167,6 +177,8 @@ app.command()(cli_bundle.bundle)
 app.add_typer(cli_bench.app)
 app.add_typer(cli_data.app)
 app.add_typer(cli_checkpoint.app)
+app.add_typer(cli_scale.app)
+app.command()(cli_study.report)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ PYTHONS = {"knl": ((3, 9), (3, 9)), "modern": ((3, 10), (3, 14))}
 ROOM_GB = {"knl": 4.5, "modern": 3.0}
 DEBIAN = [
     "dataset-fashion-mnist", "slurm-wlm", "munge", "libpmi2-0", "openmpi-bin", "mpich", "hwloc",
-    "numactl", "libtcmalloc-minimal4", "libjemalloc2", "lmod",
+    "numactl", "libtcmalloc-minimal4", "libjemalloc2", "lmod", "shellcheck", "libsimgrid-dev",
+    "chromium",
 ]  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from knl.children import child
+from knl.children import child, last_words
 from knl.comm.watchdog import end_job
 from knl.errors import FailedError
 from knl.launch import ranks_command
@@ -51,10 +51,7 @@ def output(command: list[str], environment: Mapping[str, str], limit_s: float, n
             raise FailedError(f"{name}: no end after {limit_s:.0f} s") from None
         if process.returncode != 0:
             stderr.seek(0)
-            text = stderr.read().decode(errors="replace")
-            lines = [line.strip() for line in text.splitlines() if line.strip(" =\t")]
-            own = [line for line in lines if not line.startswith(("knl: ", "|", "="))]
-            last = (own or lines or ["no message"])[-1]
+            last = last_words(stderr.read().decode(errors="replace"))
             raise FailedError(f"{name}: status {process.returncode}: {last}")
     return out.decode(errors="replace")
 

@@ -179,7 +179,7 @@ class GradientSync:
 
     def _lay_out(self, order: Sequence[int]) -> None:
         """Make buckets for the parameters in this order and point p.grad into them."""
-        groups = self._group(order)
+        groups = self.group(order)
         self._laid = list(order)
         # The former memory is given up first: there may not be room for both.
         self.buckets, self.carried = [], torch.zeros(self.carried.numel())
@@ -215,8 +215,9 @@ class GradientSync:
                     say(f"gradients are summed by {self.ranks.provider} alone: {reason}")
         return [torch.zeros(size, dtype=dtype) for size, dtype in zip(sizes, dtypes)]
 
-    def _group(self, order: Sequence[int]) -> list[list[int]]:
-        """Neighbours in `order`, of one type, up to the size of a bucket."""
+    def group(self, order: Sequence[int]) -> list[list[int]]:
+        """The parameters' numbers in buckets: neighbours in `order`, of one type, up to the size of
+        a bucket."""
         groups: list[list[int]] = []
         size, dtype = 0, None
         for number in order:

@@ -137,6 +137,13 @@ class Lars:
             raise NonFiniteError(self.names[numbers[broken]])
         self.trust[which] = trust
 
+    def trust_by_name(self) -> dict[str, float]:
+        """The last trust ratio of each tensor that has one."""
+        if FORMS[self.form] == "sgd":
+            return {}
+        rows = zip(self.names, self.trust.tolist(), self.skipped.tolist())
+        return {name: trust for name, trust, skipped in rows if not skipped}
+
     def report(self) -> StepReport:
         """Of the last update of each parameter."""
         adapted = self.trust[~self.skipped]

@@ -34,6 +34,7 @@ from knl.train.saver import Saver
 from knl.train.staging import Staged, stage_on_nodes
 from knl.train.state import places, put_back, require_fit
 from knl.train.trainer import Trainer, set_interop_threads
+from knl.train.where import placement_of
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,8 @@ class _Job:
         self, trainer: Trainer, folder: RunDirectory | None, hosts: list[str], progress: Progress
     ) -> Outcome:
         steps = self.request.max_steps
-        environment = environment_of(trainer.ranks, hosts)
+        placement = placement_of(self.world, self.bootstrap)
+        environment = {**environment_of(trainer.ranks, hosts), "placement": placement}
         with on_loader_cpus():
             together(
                 self.bootstrap,
@@ -218,6 +220,12 @@ def _load(name: str, overrides: Sequence[str], size: int) -> Recipe:
         raise InputError(
             f"train.compile = true: torch {torch.__version__} has no torch.compile, which needs 2.0"
         )
+    return resolved(recipe)
+
+
+def resolved(recipe: Recipe) -> Recipe:
+    """With what the plan says where the recipe leaves it open. Raises InputError for a wrong
+    KNL_BUCKET_MB."""
     train, comm = recipe.train, recipe.comm
     if train.layout == "auto":
         layout = os.environ.get("KNL_LAYOUT", "channels_last")

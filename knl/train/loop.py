@@ -25,6 +25,8 @@ from knl.train.saver import Saver
 from knl.train.state import Place, copied, places
 from knl.train.trainer import Trainer
 
+# Rows of trust ratios by layer that a run writes at most.
+_TRUST_ROWS = 200
 _LOOK_S = 1.0  # between two looks at the run directory, whose file system may be slow
 
 
@@ -147,6 +149,9 @@ class Run:
         self._speeds.append(metrics.images_per_s)
         if self.keeper:
             self.keeper.run.step(metrics)
+            if metrics.step % math.ceil(self.trainer.total_steps / _TRUST_ROWS) == 0:
+                ratios = self.trainer.optimiser.trust_by_name()
+                self.keeper.run.trust(metrics.step, ratios)
             self.keeper.display.step(metrics)
         return metrics
 

@@ -21,10 +21,10 @@ from knl.train.evaluate import Evaluation
 from knl.train.lock import Lock
 from knl.train.metrics import Events, Rows, StepMetrics
 
-_METRICS, _RECIPE = "metrics.jsonl", "recipe.toml"
+_METRICS, _TRUST, _RECIPE = "metrics.jsonl", "trust.jsonl", "recipe.toml"
 # In the order in which --fresh moves them: what is left when it is killed starts anew, too.
-_OF_A_RUN = ("checkpoints", _METRICS, _RECIPE, "environment.json", "report.html", "events*",
-             "nonfinite-*")  # fmt: skip
+_OF_A_RUN = ("checkpoints", _METRICS, _TRUST, _RECIPE, "environment.json", "report.html", "plots",
+             "tables", "events*", "nonfinite-*")  # fmt: skip
 # What may be another when a run goes on: it leaves the trajectory as it is, up to rounding.
 _FREE = (
     "name", "comm.", "data.path", "data.prefetch_mb", "data.max_damaged", "train.layout",
@@ -43,6 +43,7 @@ class RunDirectory:
     def __init__(self, path: Path, environment: Mapping[str, str]) -> None:
         self.path, self.checkpoints = path, path / "checkpoints"
         self._rows: Rows | None = None
+        self._trust: Rows | None = None
         self._events: Events | None = None
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -74,13 +75,16 @@ class RunDirectory:
         """Begin to write behind `step`: rows of later steps were never covered by a checkpoint."""
         try:
             self.checkpoints.mkdir(exist_ok=True)
-            for name in (_METRICS, _RECIPE, "environment.json"):  # of a start that was killed
+            # What a start that was killed has left.
+            for name in (_METRICS, _TRUST, _RECIPE, "environment.json"):
                 for path in self.path.glob(f".{name}.{'[0-9a-f]' * 32}"):
                     path.unlink()
             _replace(self.path / _RECIPE, to_toml(recipe))
             _replace(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
-            _cut_back(self.path / _METRICS, step)
+            _tell_missing(self.path / _METRICS, _cut_back(self.path / _METRICS, step), step)
+            _cut_back(self.path / _TRUST, step)
             self._rows, self._events = Rows(self.path / _METRICS), Events(self.path, step)
+            self._trust = Rows(self.path / _TRUST)
         except OSError as error:
             raise self._unwritable(error) from None
 
@@ -90,6 +94,13 @@ class RunDirectory:
         keys = ("loss", "lr", "images_per_s", "trust_min", "trust_max")
         curves = {f"train/{key}": getattr(metrics, key) for key in keys}
         self._events.add(curves, metrics.step)
+
+    def trust(self, step: int, ratios: Mapping[str, float]) -> None:
+        """`ratios`: of each layer that has one; to four digits, as nobody reads more."""
+        assert self._trust  # open
+        if ratios:
+            short = {name: float(f"{ratio:.4g}") for name, ratio in ratios.items()}
+            self._trust.add({"step": step, "trust": short})
 
     def evaluation(self, step: int, epoch: float, result: Evaluation, checksum: str) -> None:
         """`checksum`: of all weights, equal on all ranks."""
@@ -108,8 +119,9 @@ class RunDirectory:
 
     def sync(self) -> None:
         """The rows to the disk: a checkpoint must not be newer than they are. Raises OSError."""
-        if self._rows:
+        if self._rows and self._trust:
             self._rows.sync()
+            self._trust.sync()
 
     def stop_wanted(self) -> bool:
         """Whether the user has made the file STOP, as far as can be seen."""
@@ -119,8 +131,9 @@ class RunDirectory:
 
     def close(self) -> None:
         """Let go of the folder."""
-        if self._rows and self._events:
+        if self._rows and self._trust and self._events:
             self._rows.close()
+            self._trust.close()
             self._events.close()
         self.lock.release()
 
@@ -207,21 +220,26 @@ def _flat(value: object, place: str = "") -> dict[str, Any]:
     return found
 
 
-def _cut_back(path: Path, step: int) -> None:
-    """Leave the rows up to `step`: those behind it will be written again."""
+def _cut_back(path: Path, step: int) -> list[dict[str, Any]] | None:
+    """Leave the rows up to `step`, and return them: those behind it will be written again. None
+    where there is no file."""
     if not path.exists():
+        return None
+    lines = path.read_bytes().splitlines(keepends=True)
+    rows = [(line, row) for line in lines if (row := _row(line)) and row["step"] <= step]
+    _replace(path, b"".join(line for line, _ in rows))
+    return [row for _, row in rows]
+
+
+def _tell_missing(path: Path, rows: list[dict[str, Any]] | None, step: int) -> None:
+    """Tell where rows are missing."""
+    if rows is None:
         if step:
             say(f"{path} is gone: it begins anew behind step {step}")
         return
-    kept, steps = [], 0
-    for line in path.read_bytes().splitlines(keepends=True):
-        row = _row(line)
-        if row is not None and row["step"] <= step:
-            kept.append(line)
-            steps += "lr" in row
+    steps = sum("lr" in row for row in rows)
     if steps != step:
         say(f"{path} has {steps} of the {step} steps before the checkpoint")
-    _replace(path, b"".join(kept))
 
 
 def _row(line: bytes) -> dict[str, Any] | None:

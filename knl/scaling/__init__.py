@@ -1,0 +1,1 @@
+"""Scaling studies: what more nodes bring, measured and predicted."""
