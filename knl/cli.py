@@ -260,6 +260,10 @@ def _train_as_rank(world: World, request: _Request) -> None:
     from knl.comm.bootstrap import open_bootstrap
     from knl.native import stdout_to
     from knl.train.job import Request, run_job
+    from knl.train.phases import Phases
+
+    phases = Phases()
+    phases.end("Python")
 
     asked = Request(
         request.recipe,
@@ -272,7 +276,9 @@ def _train_as_rank(world: World, request: _Request) -> None:
         request.max_steps,
     )
     with stdout_to(STDERR) as stdout:  # nothing but the result may stand there
-        result = run_job(world, open_bootstrap(world), asked)
+        bootstrap = open_bootstrap(world)
+        phases.end("MPI")
+        result = run_job(world, bootstrap, asked, phases)
         if request.as_json and result is not None:
             os.write(stdout, json.dumps(result).encode() + b"\n")
 

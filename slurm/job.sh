@@ -59,6 +59,8 @@ knl_launcher() {
 knl_launch() {
   local launcher per_node
   launcher=$(knl_launcher) || exit 2
+  KNL_LAUNCHED_AT=$(date +%s.%N)
+  export KNL_LAUNCHED_AT
   per_node=$(knl_ranks_per_node)
   if [[ $launcher == ibrun ]]; then
     knl_warning=0

@@ -36,6 +36,7 @@ def main() -> int:
 def train_and_tell() -> None:
     """Be a rank; the first prints one JSON object."""
     from knl.train.job import Request, run_job
+    from knl.train.phases import Phases
 
     world = world_from(os.environ)
     with tempfile.TemporaryDirectory() as folder, stdout_to(2) as stdout:
@@ -43,7 +44,7 @@ def train_and_tell() -> None:
         request = Request(
             "digits", overrides, run_dir=Path(folder) / "run" if world.rank == 0 else None
         )
-        result = run_job(world, open_bootstrap(world), request)
+        result = run_job(world, open_bootstrap(world), request, Phases())
         modules = [getattr(module, "__file__", None) or "" for module in [*sys.modules.values()]]
         files = sorted({*(file for file in modules if file.startswith("/")), *loaded_libraries()})
         if result is not None:

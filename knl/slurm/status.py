@@ -14,6 +14,7 @@ from knl.errors import InputError
 
 _TOOL_S = 20.0
 _RECENT = 50  # steps whose speed counts
+_RESTARTS = ("SLURM_RESTART_COUNT", "KNL_CONTINUED")  # by requeueing, by jobs that continued others
 
 
 def status_of(run: Path) -> dict[str, Any]:
@@ -42,7 +43,7 @@ def status_of(run: Path) -> dict[str, Any]:
         "job_id": job,
         "job_state": _job_state(job),
         "running": (run / "lock").exists(),
-        "restarts": int(variables.get("SLURM_RESTART_COUNT") or 0),
+        "restarts": sum(int(variables.get(name) or 0) for name in _RESTARTS),
         "step": last.get("step"),
         "epoch": last.get("epoch"),
         "epochs": recipe.train.epochs,
