@@ -1,4 +1,4 @@
-"""`knl scale predict`, `backtest` and `cost`: against torch, a study made with known parameters, the
+"""`knl scale predict`, `backtest`, `cost`: against torch, a study made with known parameters, the
 literature's numbers, and input that is wrong."""
 
 from __future__ import annotations
@@ -22,8 +22,12 @@ from knl.scaling.layers import forward_flops, layers_of, parameters
 from knl.scaling.model import Setting, Sync, batches, step_of
 from knl.scaling.predict import describe, prepare, to_json
 from knl.scaling.study import STUDY, save_study
+from knl.profile import save_profile
 from knl.site import load_site
+from knl.sysfs import read_topology
 
+from ..topology.trees import TREES
+from .test_profile import profile
 from .test_study import point, study
 
 RECIPE = load_recipe("resnet50-32k")
@@ -37,10 +41,12 @@ def run(*arguments: str):
 
 @pytest.mark.parametrize(
     ("name", "pixels", "planes"),
-    [("resnet50", 224, 3), ("resnet-small", 28, 1), ("resnet-small", 9, 1), ("alexnet", 227, 3),
+    [("resnet50", 65, 3), ("resnet-small", 28, 1), ("resnet-small", 9, 1), ("alexnet", 227, 3),
      ("alexnet-bn", 227, 3), ("alexnet-torch", 224, 3)],
 )  # fmt: skip
-def test_shapes_and_operations_are_those_of_the_networks(name, pixels, planes):
+def test_shapes_and_operations_are_those_of_the_networks(name, pixels, planes, monkeypatch):
+    for slow in ("kaiming_normal_", "kaiming_uniform_"):
+        monkeypatch.setattr(torch.nn.init, slow, lambda tensor, *_, **__: tensor)
     recipe = msgspec.structs.replace(RECIPE, model=Model(name=name))
     layers = layers_of(recipe, pixels, 10, planes)
     model = build_model(recipe.model, planes, 10).eval()
@@ -155,6 +161,20 @@ def test_numbers_that_are_none(tmp_path, number):
     path.write_text(path.read_text().replace('"compute": ', f'"compute": {number}, "x": ', 1))
     with pytest.raises(InputError, match="study"):
         prepare(RECIPE, tmp_path, None, "stampede2", None, None)
+
+
+def test_a_profile_says_how_fast_a_node_is_for_its_own_network_alone(tmp_path):
+    node = read_topology(TREES["vm"][0].write(tmp_path / "vm"))
+    path = tmp_path / "profile.json"
+    save_profile(profile(node), path)
+    made = prepare(RECIPE, path, None, "stampede2", None, None)
+    assert made.known.image_s == pytest.approx(1 / 8.0)
+    with pytest.raises(InputError, match="measured on resnet50, the recipe's model.name is alex"):
+        prepare(load_recipe("alexnet-bn-32k"), path, None, "stampede2", None, None)
+    empty = msgspec.structs.replace(profile(node), gain=None, trials=())
+    save_profile(empty, path)
+    with pytest.raises(InputError, match="has no images/s"):
+        prepare(RECIPE, path, None, "stampede2", None, None)
 
 
 @pytest.mark.parametrize(
