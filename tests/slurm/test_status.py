@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from knl.config import load_recipe, to_toml
@@ -50,6 +50,7 @@ def test_one_line_says_it_all(tmp_path, no_slurm):
     )
 
 
+@settings(deadline=None)
 @given(st.integers(1, 40), st.floats(1, 1e6), st.integers(0, 40))
 def test_time_left_is_images_left_at_this_speed(tmp_path_factory, number, speed, at_most):
     folder = tmp_path_factory.mktemp("runs") / "run"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from knl.errors import InputError
@@ -97,6 +97,7 @@ def test_refusals_name_the_limit_and_the_cure(nodes, hours, name, said):
     assert str(refused.value).startswith(said)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 5000), st.floats(0.1, 200.0))
 def test_a_chosen_queue_takes_the_job(nodes, hours):
     for name in SITES:
@@ -123,11 +124,13 @@ def test_times_that_are_none(text):
         seconds_of(text)
 
 
+@settings(deadline=None)
 @given(st.integers(60, 10**7))
 def test_a_time_survives(seconds):
     assert seconds_of(slurm_time(seconds)) == seconds
 
 
+@settings(deadline=None, max_examples=40)  # each starts a bash and a Python
 @given(st.lists(st.text(st.characters(blacklist_characters="\0", blacklist_categories=["Cs"]))))
 def test_arguments_and_settings_survive_the_shell(words):
     """Whatever a user has typed is one word in the script, and nothing in it is run."""
