@@ -15,10 +15,12 @@ import typer
 from knl import (
     __version__,
     cli_bench,
+    cli_bundle,
     cli_checkpoint,
     cli_data,
     cli_node,
     cli_scale,
+    cli_slurm,
     cli_study,
 )
 from knl.comm.watchdog import end_job
@@ -43,6 +45,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point: every KnlError ends as one line on stderr and its exit code."""
+    _forget_threads_of_module()
     try:
         app()
     except KnlError as error:
@@ -58,6 +61,13 @@ def main() -> None:
             FailedError.exit_code,
             shared=False,
         )
+
+
+def _forget_threads_of_module() -> None:
+    """The knl module sets OMP_NUM_THREADS for other programs, and says so: it is not the user's."""
+    threads = os.environ.pop("KNL_MODULE_OMP_NUM_THREADS", None)
+    if threads is not None and threads == os.environ.get("OMP_NUM_THREADS"):
+        del os.environ["OMP_NUM_THREADS"]
 
 
 def _print_version(wanted: bool) -> None:
@@ -161,8 +171,9 @@ def train(
         _train_as_launcher(ranks, request)
 
 
-for command in cli_node.COMMANDS:
+for command in (*cli_node.COMMANDS, *cli_slurm.COMMANDS):
     app.command()(command)
+app.command()(cli_bundle.bundle)
 app.add_typer(cli_bench.app)
 app.add_typer(cli_data.app)
 app.add_typer(cli_checkpoint.app)
@@ -249,6 +260,10 @@ def _train_as_rank(world: World, request: _Request) -> None:
     from knl.comm.bootstrap import open_bootstrap
     from knl.native import stdout_to
     from knl.train.job import Request, run_job
+    from knl.train.phases import Phases
+
+    phases = Phases()
+    phases.end("Python")
 
     asked = Request(
         request.recipe,
@@ -261,7 +276,9 @@ def _train_as_rank(world: World, request: _Request) -> None:
         request.max_steps,
     )
     with stdout_to(STDERR) as stdout:  # nothing but the result may stand there
-        result = run_job(world, open_bootstrap(world), asked)
+        bootstrap = open_bootstrap(world)
+        phases.end("MPI")
+        result = run_job(world, bootstrap, asked, phases)
         if request.as_json and result is not None:
             os.write(stdout, json.dumps(result).encode() + b"\n")
 

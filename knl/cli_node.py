@@ -121,6 +121,11 @@ def run(
         help="Print a proof from the threads of the first minute; end ranks outside their CPUs.",
     ),
     prefix: bool = typer.Option(False, "--prefix", help="Put the rank before lines of output."),
+    hostfile: Optional[Path] = typer.Option(
+        None,
+        metavar="FILE",
+        help="Start MPI ranks on these hosts, -n on each: a host or host:slots a line.",
+    ),
 ) -> None:
     """Run any program under the plan: as several bound ranks, or as the rank that a launcher made.
 
@@ -129,12 +134,19 @@ def run(
     Ranks started here find each other by torchrun's variables. For MPI put the launcher outside:
     srun knl run -- ./program, or mpiexec -n 2 knl run -- ./program.
 
+    Where there is no Slurm, knl run --hostfile hosts -- knl train RECIPE starts the ranks of all
+    hosts by mpiexec over ssh (I_MPI_HYDRA_BOOTSTRAP names another way). The hosts share this
+    folder and this Python, or have them at the same paths. Ctrl-C and SIGTERM reach the ranks as
+    SIGUSR1, the second ends them.
+
     Under libgomp the main thread stays on one CPU once torch is imported, and so would processes
     that load data for it: bind these to the CPUs in KNL_LOADER_CPUS.
     """
     from knl.profile import plan_for, plan_of_rank
     from knl.run import become, start
 
+    if hostfile is not None:
+        raise typer.Exit(_run_on_hosts(hostfile, command, profile, ranks, verify, prefix))
     node = _read(Path("/"), None)
     world = world_from(os.environ, needs_pmi=False)
     environment = dict(os.environ)
@@ -161,6 +173,36 @@ def run(
     if world.rank == 0:
         _say_all([where, *found.warnings])
     become(found, number, command, environment, where, verify)
+
+
+def _run_on_hosts(
+    file: Path,
+    command: list[str],
+    profile: Path | None,
+    ranks: int | None,
+    verify: bool,
+    prefix: bool,
+) -> int:
+    """Refuse what can be refused here, then start the ranks."""
+    from knl.hosts import read_hosts, run_on_hosts, with_ranks
+    from knl.profile import plan_for
+    from knl.run import find_program
+
+    world = world_from(os.environ, needs_pmi=False)
+    if world.launcher != "single":
+        raise InputError(
+            f"--hostfile: this is already rank {world.rank} of {world.size} of a launch by "
+            f"{world.launcher}; leave one of the two out",
+            shared=True,
+        )
+    refuse_under_plan("--hostfile")
+    hosts = read_hosts(file)
+    find_program(command[0])
+    usual, _ = plan_for(_read(Path("/"), None), None, profile, os.environ)
+    hosts = with_ranks(file, hosts, ranks, len(usual.ranks))
+    options = ["--profile", str(profile.absolute())] if profile else []
+    options += ["--verify"] if verify else []
+    return run_on_hosts(hosts, command, os.environ, options=options, prefix=prefix)
 
 
 def tune(

@@ -20,7 +20,7 @@ from knl.ranks_watch import RanksWatch, job_status
 # Set in a process that was started again with the libraries' environment.
 _READY = "KNL_ENVIRONMENT_READY"
 # Intel MPI, Open MPI 4 and 5: each would bind ranks before these bind themselves.
-_UNPINNED = {
+UNPINNED = {
     "I_MPI_PIN": "0",
     "OMPI_MCA_hwloc_base_binding_policy": "none",
     "PRTE_MCA_hwloc_default_binding_policy": "none",
@@ -122,7 +122,7 @@ def launch(ranks: int, arguments: Sequence[str], columns: int | None, *, planned
         copier = threading.Thread(target=_copy_result, args=(process.stdout,), daemon=True)
         copier.start()
         watch = RanksWatch(process, ranks) if watched else None
-        with _signals_to(watch or process):
+        with signals_to(watch or process):
             status, dead = watch.wait() if watch else (process.wait(), "")
         copier.join()
     return job_status(shell_status(status), dead)
@@ -142,7 +142,7 @@ def ranks_command(
         wanted.setdefault("I_MPI_FABRICS", "shm")  # one host needs no network
         wanted.setdefault("I_MPI_HYDRA_BOOTSTRAP", "fork")
     if planned:
-        wanted = {**_UNPINNED, **wanted}
+        wanted = {**UNPINNED, **wanted}
     # In a Slurm job Intel's mpiexec would start the ranks on the job's nodes.
     here = ["-hosts", "localhost"] if mpi.kind == "intel" else []
     return [str(mpi.mpiexec), *here, "-n", str(ranks), sys.executable, *arguments], wanted
@@ -161,7 +161,7 @@ class _Receiver(Protocol):
 
 
 @contextlib.contextmanager
-def _signals_to(receiver: _Receiver) -> Iterator[None]:
+def signals_to(receiver: _Receiver) -> Iterator[None]:
     """Pass on the signals that end a job. A terminal that goes away ends it, too."""
     ends = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
     passed_on = {number: number for number in ends}

@@ -45,7 +45,7 @@ def become(
     Raises InputError when there is no such program.
     """
     rank = plan.ranks[number]
-    program = _find(command[0])
+    program = find_program(command[0])
     if refused := bind(rank):
         say(f"rank {number}: {refused}")
     if verify:
@@ -84,7 +84,7 @@ def start(
     The ranks find each other by torchrun's variables (RANK, MASTER_ADDR, ...). `prefix`: put the
     rank before each line of output. Raises InputError when there is no such program.
     """
-    program = _find(command[0])
+    program = find_program(command[0])
     size = len(plan.ranks)
     port = str(_free_port())
     ranks: list[subprocess.Popen[bytes]] = []
@@ -184,7 +184,8 @@ def _tell(proof: Proof, who: str) -> None:
     print("\n".join(lines), file=sys.stderr, flush=True)
 
 
-def _find(program: str) -> str:
+def find_program(program: str) -> str:
+    """Its path. Raises InputError when there is no such program."""
     found = shutil.which(program)
     if found is None:
         raise InputError(f"{program}: no such program on PATH; give its path after --")

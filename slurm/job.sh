@@ -14,6 +14,7 @@
 knl_job_sh=$(readlink -f "${BASH_SOURCE[0]}")
 knl_phases=""
 knl_launched=0
+knl_warning=USR1 # what tells what was launched that its time is nearly over
 knl_cancelled=no
 
 knl_say() { printf 'knl: %s\n' "$*" >&2; }
@@ -58,8 +59,11 @@ knl_launcher() {
 knl_launch() {
   local launcher per_node
   launcher=$(knl_launcher) || exit 2
+  KNL_LAUNCHED_AT=$(date +%s.%N)
+  export KNL_LAUNCHED_AT
   per_node=$(knl_ranks_per_node)
   if [[ $launcher == ibrun ]]; then
+    knl_warning=0
     ibrun "$@" &
   else
     export SRUN_CPUS_PER_TASK=$((SLURM_CPUS_ON_NODE / per_node))
@@ -86,7 +90,7 @@ knl_pmi() {
 # is a script that USR1 would end; its ranks know themselves when the job ends.
 knl_wait() {
   local status signalled=yes
-  trap 'signalled=yes; if [[ $(knl_launcher) == srun ]]; then kill -USR1 "$knl_launched"; fi' USR1
+  trap 'signalled=yes; kill -"$knl_warning" "$knl_launched"' USR1
   trap 'signalled=yes; knl_cancelled=yes; kill -TERM "$knl_launched"' TERM
   while [[ $signalled == yes ]]; do # a signal ends `wait`, and not the ranks
     signalled=no

@@ -23,7 +23,8 @@ PYTHONS = {"knl": ((3, 9), (3, 9)), "modern": ((3, 10), (3, 14))}
 ROOM_GB = {"knl": 4.5, "modern": 3.0}
 DEBIAN = [
     "dataset-fashion-mnist", "slurm-wlm", "munge", "libpmi2-0", "openmpi-bin", "mpich", "hwloc",
-    "numactl", "libtcmalloc-minimal4", "libjemalloc2", "libsimgrid-dev", "chromium",
+    "numactl", "libtcmalloc-minimal4", "libjemalloc2", "lmod", "shellcheck", "libsimgrid-dev",
+    "chromium",
 ]  # fmt: skip
 
 
@@ -62,8 +63,9 @@ def check_python(stack: str) -> None:
         )
 
 
-def install(venv: Path, stack: str, extras: list[str]) -> None:
-    """Create the environment and install the package, its stack and its compiled part into it."""
+def install(venv: Path, stack: str, extras: list[str], *, editable: bool = True) -> None:
+    """Create the environment and install the package, its stack and its compiled part into it.
+    `editable`: Python files are used from where they are, else copied."""
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         sys.exit(f"no C++ compiler ({compiler}): install g++ (apt install g++), or module load gcc")
@@ -72,13 +74,14 @@ def install(venv: Path, stack: str, extras: list[str]) -> None:
     if free < ROOM_GB[stack]:
         sys.exit(
             f"{venv.parent}: {free:.1f} GB free, the {stack} stack needs {ROOM_GB[stack]} GB; "
-            "free some, or choose another place with make VENV=/path"
+            "free some, or choose another place with make VENV=/path (PREFIX=/path of a module)"
         )
     print(f"installing the {stack} stack into {venv} (a minute or two)", file=sys.stderr)
     if not (venv / "bin" / "python").exists():
         run([sys.executable, "-m", "venv", str(venv)], "python -m venv (Debian: python3-venv)")
     requirement = f"{ROOT}[{','.join(extras)}]"
-    run([str(venv / "bin" / "pip"), "install", "-q", "-e", requirement], "pip install")
+    how = ["-e"] if editable else []
+    run([str(venv / "bin" / "pip"), "install", "-q", *how, requirement], "pip install")
 
 
 def run(command: list[str], what: str) -> None:

@@ -19,6 +19,7 @@ _SOURCE = Path(__file__).with_name("smpi_allreduce.c")
 _TIMEOUT_S = 600
 # Algorithms of ours by what SMPI calls them.
 SELECTORS = {"ring": "lr", "halving-doubling": "rab"}
+# Nothing is computed, no window of TCP in the way, no corrections for MPI's overhead.
 _FLAGS = (
     "smpi/simulate-computation:no", "smpi/privatization:no",
     "smpi/shared-malloc-blocksize:134217728", "network/model:CM02", "network/TCP-gamma:0",
@@ -53,7 +54,7 @@ def simulate(program: Path, algorithm: str, size: int, nodes: int, net: Network)
 
 def _platform(nodes: int, net: Network) -> str:
     """A fat tree of two levels: leaf switches, and as many cores as a leaf has links up. A message
-    between leaves passes four links, one within a leaf two: each has half of the latency within."""
+    between leaves passes four links, which have the site's latency together, one within a leaf two."""
     leaves = math.ceil(nodes / net.leaf_nodes)
     bandwidth = min(net.node_gb_s, net.rank_gb_s)
     tree = f"2;{net.leaf_nodes},{leaves};1,{net.leaf_uplinks};1,1"

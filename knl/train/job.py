@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
-import psutil
 import torch
 from rich.console import Console
 
@@ -28,6 +27,7 @@ from knl.train.checkpoint import Checkpoint, State
 from knl.train.loop import Keeper, Outcome, Progress, Run
 from knl.train.metrics import environment_of
 from knl.train.orders import Deadlines, Signals, deadlines
+from knl.train.phases import Phases
 from knl.train.progress import Display, open_console, tell
 from knl.train.run_dir import ANEW, RunDirectory, default_run_dir
 from knl.train.saver import Saver
@@ -53,19 +53,20 @@ class Request:
     max_steps: int = 0
 
 
-def run_job(world: World, bootstrap: Bootstrap, request: Request) -> dict[str, Any] | None:
+def run_job(
+    world: World, bootstrap: Bootstrap, request: Request, phases: Phases
+) -> dict[str, Any] | None:
     """Train the recipe as this rank. Returns the result on rank 0, None on the others.
 
     Raises KnlError; one marked `shared` is raised by every rank.
     """
-    # From the start of the process on: imports and MPI take minutes on hundreds of nodes.
-    began = time.monotonic() - max(0.0, time.time() - psutil.Process().create_time())
     signals = Signals()
     signals.listen()
     set_interop_threads()
     recipe = together(bootstrap, lambda: _load(request.recipe, request.overrides, world.size))
-    limits = together(bootstrap, lambda: deadlines(os.environ, request.max_time_s, began))
-    job = _Job(world, bootstrap, request, recipe, signals, limits)
+    # From the start of the process on: imports and MPI take minutes on hundreds of nodes.
+    limits = together(bootstrap, lambda: deadlines(os.environ, request.max_time_s, phases.began))
+    job = _Job(world, bootstrap, request, recipe, signals, limits, phases)
     try:
         result = job.run()
     except CollectiveTimeoutError as error:
@@ -76,7 +77,7 @@ def run_job(world: World, bootstrap: Bootstrap, request: Request) -> dict[str, A
             f"{bootstrap.roll_call.tell(str(error))}: look there, then start the job again from "
             "its last checkpoint (comm.timeout_s sets the limit)"
         ) from None
-    return None if result is None else {**result, "wall_s": time.monotonic() - began}
+    return None if result is None else {**result, "wall_s": time.monotonic() - phases.began}
 
 
 @dataclass(frozen=True)
@@ -89,11 +90,13 @@ class _Job:
     recipe: Recipe
     signals: Signals
     limits: Deadlines
+    phases: Phases
 
     def run(self) -> dict[str, Any] | None:
         ranks = open_ranks(
             self.world, self.bootstrap, self.request.provider, self.recipe.comm.timeout_s
         )
+        self.phases.end("collectives")
         folder: RunDirectory | None = None
         trainer: Trainer | None = None
         try:
@@ -118,7 +121,8 @@ class _Job:
         if folder is None:
             return None
         result = _result(self.recipe, ranks, folder.path, outcome)
-        return {**result, "stage": asdict(staged) if staged else None}
+        stage = asdict(staged) if staged else None
+        return {**result, "stage": stage, "start_s": self.phases.seconds}
 
     def _claim(self) -> RunDirectory | None:
         if self.world.rank:
@@ -185,7 +189,9 @@ class _Job:
     ) -> Outcome:
         steps = self.request.max_steps
         placement = placement_of(self.world, self.bootstrap)
+        self.phases.end("data and network")
         environment = {**environment_of(trainer.ranks, hosts), "placement": placement}
+        environment["start_s"] = self.phases.seconds
         with on_loader_cpus():
             together(
                 self.bootstrap,
@@ -195,6 +201,7 @@ class _Job:
             return Run(trainer, self.signals, None, progress, steps).train()
         console = open_console()
         _introduce(console, trainer, progress)
+        tell(console, self.phases.describe())
         with on_loader_cpus():
             display = Display(console, trainer.total_steps)
         keep = self.recipe.train.keep_checkpoints

@@ -40,7 +40,7 @@ def test_stdout_is_one_json_object_that_says_what_was_run(team):
     assert list(result) == [
         "run_dir", "recipe", "top1", "top5", "loss", "steps", "epochs", "damaged_records",
         "images_per_s", "ranks", "lanes", "global_batch", "provider", "layout", "plan", "stage",
-        "wall_s",
+        "start_s", "wall_s",
     ]  # fmt: skip
     wanted = {
         "run_dir": str(trained.folder),
@@ -54,6 +54,8 @@ def test_stdout_is_one_json_object_that_says_what_was_run(team):
     }
     assert {key: result[key] for key in wanted} == wanted
     assert 0.1 < result["top1"] < result["top5"] <= 1.0
+    assert set(result["start_s"]) == {"Python", "MPI", "collectives", "data and network"}
+    assert sum(result["start_s"].values()) < result["wall_s"]
     assert result["images_per_s"] > 0 and result["wall_s"] > 0
 
 
