@@ -10,7 +10,7 @@ from typing import Optional
 
 import typer
 
-from knl.errors import InputError
+from knl.errors import InputError, say
 
 _JSON = typer.Option(False, "--json", help="Print one JSON object on stdout.")
 
@@ -111,10 +111,10 @@ def submit(
     """
     from knl.config import load_recipe
     from knl.scaling.run import Wanted, point_recipe
-    from knl.scaling.submit import Asked, jobs_of
-    from knl.scaling.submit import submit as hand_in
+    from knl.scaling.submit import Asked, jobs_of, submit_all
     from knl.site import load_site
-    from knl.train.orders import parse_time
+    from knl.slurm.render import cost
+    from knl.slurm.submit import seconds_of
 
     counts, found, where = (
         numbers(nodes, "--nodes"),
@@ -130,21 +130,21 @@ def submit(
     arguments += ["--synthetic"] if made_up else []
     arguments += [word for override in overrides for word in ("--set", override)]
     folder = out or Path("studies") / f"{found.name}-{datetime.now():%Y%m%d-%H%M%S-%f}"
-    minutes = parse_time(time, "--time") / 60.0
-    asked = Asked(found.name, arguments, counts, folder, minutes, queue, account)
+    asked = Asked(found.name, arguments, counts, folder, seconds_of(time), queue, account)
     jobs = jobs_of(where, asked)
-    ids = [] if dry_run else hand_in(jobs, folder)
-    total = sum(job.su for job in jobs)
+    ids = [] if dry_run else submit_all(jobs)
     if as_json:
-        rows = [{"nodes": j.nodes, "queue": j.queue, "script": j.script, "su": j.su} for j in jobs]
-        print(json.dumps({"folder": str(folder), "jobs": rows, "ids": ids, "su_at_most": total}))
+        told = [job.to_json(number) for job, number in zip(jobs, ids or [""] * len(jobs))]
+        print(json.dumps({"folder": str(folder), "jobs": told}))
         return
     if dry_run:
         print("\n".join(job.script for job in jobs), end="")
         return
     for job, number in zip(jobs, ids):
-        print(f"job {number}: {job.nodes} node(s)" + (f" in {job.queue}" if job.queue else ""))
-    print(f"at most {total:g} SU in all; knl report {folder} draws what has been measured")
+        print(f"job {number}: {cost(job.queue, job.order)}")
+        if job.queue and job.queue.ticket:
+            say(f"{job.queue.name} needs {job.queue.ticket}")
+    print(f"knl report {folder} draws what has been measured")
 
 
 def report(

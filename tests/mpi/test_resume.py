@@ -68,6 +68,7 @@ def test_a_run_in_parts_is_the_same_to_the_bit(tmp_path, whole, ranks, parts):
     assert list(newest.tensors) == list(old.tensors)
     for name, array in old.tensors.items():
         assert newest.tensors[name].tobytes() == array.tobytes(), name
+    assert (folder / "trust.jsonl").read_text() == (whole(ranks) / "trust.jsonl").read_text()
 
 
 def test_another_number_of_ranks_goes_on_with_the_same_losses(tmp_path, whole):

@@ -121,3 +121,16 @@ def test_a_run_that_blows_up_ends_in_one_line_with_step_and_layer(tmp_path):
     *before, line = done.stderr.splitlines()
     assert not [other for other in before if other.startswith("knl: ")]
     assert re.match(r"knl: step \d+: gradient of [\w.]+ is not finite, .*; lr was \d+: ", line)
+
+
+def test_a_run_notes_trust_ratios_by_layer_and_where_its_ranks_are(single):
+    lines = (single.folder / "trust.jsonl").read_text().splitlines()
+    trust = [json.loads(line) for line in lines]
+    assert [row["step"] for row in trust] == list(range(1, STEPS + 1))
+    for noted, step in zip(trust, single.steps):
+        ratios = noted["trust"].values()
+        assert min(ratios) == pytest.approx(step["trust_min"], rel=1e-3)
+        assert max(ratios) == pytest.approx(step["trust_max"], rel=1e-3)
+    placement = json.loads((single.folder / "environment.json").read_text())["placement"]
+    (row,) = placement["rows"]
+    assert "C" in row and len(row) == len(placement["first_cpus"])

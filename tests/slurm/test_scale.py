@@ -33,20 +33,23 @@ def test_more_nodes_than_the_job_has_are_refused(cluster: SlurmCluster, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_submitted_jobs_follow_one_another_into_one_study(cluster: SlurmCluster, tmp_path):
+def test_submitted_jobs_follow_one_another_into_one_study(
+    cluster: SlurmCluster, tmp_path, monkeypatch
+):
     mpiexec(2)  # skips where there is no stack
     folder = tmp_path / "a study with 100% of 'quotes'"
     command = knl("scale", "submit", "digits", "--nodes", "1,2", *FEW, "--time", "5m")
+    monkeypatch.chdir(tmp_path)  # where logs are
     done = slurm(cluster, *command, "--out", str(folder), "--json", **TCP)
     assert done.returncode == 0, done.stderr
-    first, second = json.loads(done.stdout)["ids"]
+    first, second = (job["job_id"] for job in json.loads(done.stdout)["jobs"])
     shown = cluster.run("scontrol", "show", "job", "-o", second).stdout
     assert f"Dependency=afterany:{first}" in shown or "JobState=PENDING" not in shown
     deadline = time.monotonic() + 120
     while cluster.run("squeue", "-h", "-j", f"{first},{second}").stdout:
         assert time.monotonic() < deadline
         time.sleep(0.5)
-    logs = [path.read_text() for path in sorted((folder / "jobs").glob("*.out"))]
+    logs = [path.read_text() for path in sorted(tmp_path.glob("scale-digits-*.out"))]
     assert {path.name for path in (folder / "points").iterdir()} == {"1.json", "2.json"}, logs
     study = json.loads((folder / "study.json").read_text())
     assert [(p["nodes"], p["failed"]) for p in study["points"]] == [(1, None), (2, None)]
