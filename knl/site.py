@@ -21,16 +21,17 @@ _NotNegative = Annotated[float, Meta(ge=0, le=1e9)]
 
 class Queue(Section, frozen=True):
     """A partition. `nodes`, `hours`: the most that a job may have; `jobs`, `user_nodes`: the most
-    that a user may have at a time, 0 where not known; `su`: charge of a node-hour; `ticket`: what
-    is to be done before it can be used; `local_gb`: node-local folder, 0 where the site's; `node`,
-    `watts`, `usd`: the hardware, thermal design power of its processors, price (0: not known)."""
+    that a user may have at a time, 0 where not known; `su`: charge of a node-hour, 0 where not
+    known; `ticket`: what is to be done before it can be used; `local_gb`: node-local folder, 0
+    where the site's; `node`, `watts`, `usd`: the hardware, thermal design power of its processors,
+    price (0: not known)."""
 
     name: str
     nodes: _Positive
     hours: _AboveZero
     jobs: _Count = 0
     user_nodes: _Count = 0
-    su: _NotNegative = 1.0
+    su: _NotNegative = 0.0
     ticket: str = ""
     local_gb: _NotNegative = 0.0
     node: str = ""
@@ -52,10 +53,10 @@ class Network(Section, frozen=True):
 
 class Site(Section, frozen=True):
     """A cluster. `launcher`: who starts ranks; `leave_out`: options of sbatch that it refuses,
-    `directives`: that it wants besides, as in `--exclusive`; `modules`, `prologue`: loaded, run,
-    before anything else; `account`: charged unless another is named; `requeue`: whether a job may
-    put itself back into the queue; `local`: node-local folder, `local_gb`: its size;
-    `ranks_per_node`: unless asked for otherwise."""
+    `directives`: that it wants besides, each as it stands behind #SBATCH; `modules`, `prologue`:
+    loaded, run, before anything else; `account`: charged unless another is named; `requeue`:
+    whether a job may put itself back into the queue; `local`: node-local folder, `local_gb`: its
+    size; `ranks_per_node`: unless asked for otherwise."""
 
     name: str
     title: str

@@ -225,7 +225,8 @@ def _assumptions(made: Prediction, most: int) -> dict[str, str]:
     else:
         found["interval"] = (
             "no statistics, and the speed of a node is taken as it is. Low: a node's whole "
-            "bandwidth, no stragglers. High: half the bandwidth, twice the latency, sums only after backward, twice the stragglers"
+            "bandwidth, no stragglers. High: half the bandwidth, twice the latency, sums only "
+            "after backward, twice the stragglers"
         )
     if made.site and most > max((queue.nodes for queue in made.site.queues), default=most):
         found["queue"] = f"no queue of {made.site.name} takes {most} nodes: rates of its widest"

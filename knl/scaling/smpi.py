@@ -54,8 +54,8 @@ def simulate(program: Path, algorithm: str, size: int, nodes: int, net: Network)
 
 
 def _platform(nodes: int, net: Network) -> str:
-    """A fat tree of two levels: leaf switches, and as many cores as a leaf has links up. A message
-    between leaves passes four links, which have all of the latency, one within a leaf two."""
+    """A fat tree of two levels: leaf switches, and as many cores as a leaf has links up. The four
+    links between nodes of two leaves have the site's latency together; within a leaf it is two."""
     leaves = math.ceil(nodes / net.leaf_nodes)
     tree = f"2;{net.leaf_nodes},{leaves};1,{net.leaf_uplinks};1,1"
     return f"""<?xml version='1.0'?>

@@ -24,21 +24,26 @@ def choose_queue(site: Site, nodes: int, hours: float, name: str = "") -> Queue 
     if name not in named:
         raise InputError(f"--queue {name}: {site.name} has {', '.join(named)}")
     if limit := _too_much(named[name], nodes, hours):
-        other = next((_advice(queue) for queue in fitting), "no queue takes that")
+        scarce = "nodes" if nodes > _most_nodes(named[name]) else "hours"
+        other = next((_advice(queue, scarce) for queue in fitting), "no queue takes that")
         raise InputError(f"{site.name} {limit}; {other}")
     return named[name]
 
 
 def _too_much(queue: Queue, nodes: int, hours: float) -> str:
     """Which limit of the queue is passed, "" for none."""
-    most = min(queue.nodes, queue.user_nodes or queue.nodes)
-    if nodes > most:
-        return f"{queue.name} takes {most} nodes, not {nodes}"
+    if nodes > _most_nodes(queue):
+        return f"{queue.name} takes {_most_nodes(queue)} nodes, not {nodes}"
     if hours > queue.hours:
         return f"{queue.name} takes {queue.hours:g} h, not {hours:g}"
     return ""
 
 
-def _advice(queue: Queue) -> str:
+def _most_nodes(queue: Queue) -> int:
+    return min(queue.nodes, queue.user_nodes or queue.nodes)
+
+
+def _advice(queue: Queue, scarce: str) -> str:
+    most = f"{_most_nodes(queue)}" if scarce == "nodes" else f"{queue.hours:g} h"
     needs = f" and needs {queue.ticket}" if queue.ticket else ""
-    return f"{queue.name} takes {queue.nodes}{needs}"
+    return f"{queue.name} takes {most}{needs}"

@@ -48,14 +48,14 @@ def render(site: Site, queue: Queue | None, order: Order) -> str:
     where = f"{site.title}, queue {queue.name}" if queue else site.title
     lines = [
         "#!/bin/bash",
-        f"# {order.script} by knl {__version__} for {where}.",
+        f"# {order.script} by knl {__version__} for {_one_line('title', where)}.",
         f"# {cost(queue, order)}",
         "#",
         *directives(site, queue, order),
         "",
         "# --- settings",
         *(f"export {name}={shlex.quote(value)}" for name, value in settings.items()),
-        *(f"module load {shlex.quote(module)}" for module in site.modules),
+        *(f"module load {shlex.quote(module)} || exit 2" for module in site.modules),
         *site.prologue,
         f"set -- {shlex.join(order.arguments)}",
         _END,
@@ -80,16 +80,16 @@ def directives(site: Site, queue: Queue | None, order: Order) -> list[str]:
     }
     lines = [f"--{name}={_word(name, value)}" for name, value in options.items() if value]
     lines += ["--exclusive", "--requeue" if site.requeue else "--no-requeue"]
-    lines += [_word("directives", directive) for directive in site.directives]
-    kept = [line for line in lines if line[2:].partition("=")[0] not in site.leave_out]
-    return [f"#SBATCH {line}" for line in kept]
+    lines = [line for line in lines if line[2:].partition("=")[0] not in site.leave_out]
+    lines += [_one_line("directives", directive) for directive in site.directives]
+    return [f"#SBATCH {line}" for line in lines]
 
 
 def cost(queue: Queue | None, order: Order) -> str:
     """What the job is charged at most, in words."""
     hours = order.nodes * order.seconds / 3600
     text = f"{order.nodes} nodes for {slurm_time(order.seconds)}: at most {hours:,.1f} node-hours"
-    return f"{text}, {hours * queue.su:,.1f} SU" if queue else text
+    return f"{text}, {hours * queue.su:,.1f} SU" if queue and queue.su else text
 
 
 def slurm_time(seconds: int) -> str:
@@ -101,6 +101,11 @@ def slurm_time(seconds: int) -> str:
 
 def _word(name: str, value: str) -> str:
     """A line of #SBATCH ends at a line's end, knows no variables, and quotes as a shell does."""
+    _one_line(name, value)
+    return value if re.fullmatch(r"[\w@%+=:,./-]+", value) else shlex.quote(value)
+
+
+def _one_line(name: str, value: str) -> str:
     if not value.isprintable():
         raise InputError(f"{name} {value!r}: must be in one line, of printable characters")
-    return value if re.fullmatch(r"[\w@%+=:,./-]+", value) else shlex.quote(value)
+    return value

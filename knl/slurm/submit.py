@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import re
 import shutil
 import subprocess
@@ -23,8 +24,8 @@ _CLOCK = re.compile(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)")
 
 @dataclass(frozen=True)
 class Wish:
-    """What a user asks for. `hours`: None for the site's default of two; `run_dir`, `bundle`: None
-    for none; `arguments`: of knl train."""
+    """What a user asks for. `seconds`: time limit; `ranks_per_node`: 0 for the site's; `run_dir`,
+    `bundle`: None for none; `arguments`: of knl train."""
 
     recipe: str
     arguments: Sequence[str]
@@ -70,7 +71,7 @@ class Job:
             "ranks": self.order.nodes * self.order.ranks_per_node,
             "seconds": self.order.seconds,
             "node_hours": hours,
-            "su": hours * self.queue.su if self.queue else None,
+            "su": hours * self.queue.su if self.queue and self.queue.su else None,
             "notes": self.notes(),
             "script": self.script,
         }
@@ -87,7 +88,7 @@ def prepare(site: Site, wish: Wish) -> Job:
         raise InputError(f"--after {wish.after}: must be the number of a job")
     queue = choose_queue(site, wish.nodes, wish.seconds / 3600, wish.queue)
     if queue is None and wish.queue:
-        queue = Queue(name=wish.queue, nodes=wish.nodes, hours=wish.seconds / 3600)
+        queue = Queue(name=wish.queue, nodes=wish.nodes, hours=wish.seconds / 3600, su=0)
     name = Path(wish.recipe)
     settings = {"KNL_ENV": sys.prefix}
     if wish.run_dir is not None:
@@ -119,7 +120,9 @@ def submit(job: Job) -> str:
     if shutil.which("sbatch") is None:
         raise InputError("no sbatch on PATH: submit on a login node, or see the job with --dry-run")
     if job.queue and job.queue.jobs:
-        there = _slurm(["squeue", "--me", "-h", "-p", job.queue.name, "-o", "%i"], "").split()
+        # By name, as --me is not there before Slurm 20.
+        mine = ["squeue", "-h", "-u", getpass.getuser(), "-p", job.queue.name, "-o", "%i"]
+        there = _slurm(mine, "").split()
         if len(there) >= job.queue.jobs:
             raise InputError(
                 f"{job.site.name} {job.queue.name} takes {job.queue.jobs} job(s) of a user, and "
@@ -143,9 +146,13 @@ def seconds_of(text: str) -> int:
 
 
 def _overrides(arguments: Sequence[str]) -> list[str]:
-    """The values of --set among arguments of knl train."""
-    joined = [a.partition("=")[2] for a in arguments if a.startswith("--set=")]
-    return joined + [value for name, value in zip(arguments, arguments[1:]) if name == "--set"]
+    """The values of --set among arguments of knl train, in their order: the last of a key wins."""
+    pairs = zip(["", *arguments], arguments)
+    return [
+        word if before == "--set" else word[len("--set=") :]
+        for before, word in pairs
+        if before == "--set" or word.startswith("--set=")
+    ]
 
 
 def _slurm(command: Sequence[str], given: str) -> str:
@@ -157,5 +164,5 @@ def _slurm(command: Sequence[str], given: str) -> str:
         raise FailedError(f"{command[0]} does not answer: {error}") from None
     if done.returncode != 0:
         said = " ".join(done.stderr.split()) or f"exit status {done.returncode}"
-        raise FailedError(f"{command[0]} refuses the job: {said}")
+        raise FailedError(f"{command[0]} fails: {said}")
     return done.stdout

@@ -152,6 +152,13 @@ class Lock:
         aside.unlink()
 
 
+def is_held(folder: Path) -> bool | None:
+    """Whether a living process trains into a run directory; None where that is on another host and
+    cannot be seen from here."""
+    owner = _read(folder / "lock")
+    return _alive_here(owner) if owner else False
+
+
 def _myself(environment: Mapping[str, str]) -> Owner:
     return Owner(
         host=platform.node(),

@@ -88,6 +88,8 @@ SlurmdTimeout=20
 NodeName=DEFAULT CPUs=272 Sockets=1 CoresPerSocket=68 ThreadsPerCore=4 Feature=knl,quad,cache
 NodeName={names} Port=[{slurmd_ports}] NodeHostname=localhost NodeAddr=127.0.0.1
 PartitionName=normal Nodes=ALL Default=YES MaxTime=2880 State=UP
+PartitionName=large Nodes=ALL MaxTime=2880 State=UP
+PartitionName=skx Nodes=ALL MaxTime=2880 State=UP
 """
 
 
