@@ -6,6 +6,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from msgspec import structs
+
 from knl.config import Recipe, load_recipe
 from knl.errors import FailedError
 from knl.scaling import allreduce
@@ -133,6 +135,8 @@ def smpi_rows(
     InputError where SimGrid is not there, FailedError where it fails."""
     require_smpi()
     network = _network(load_site(_SITE))
+    # SimGrid's fat trees have links of one speed: a rank fills its node's.
+    network = structs.replace(network, rank_gb_s=network.node_gb_s)
     with tempfile.TemporaryDirectory(prefix="knl-smpi-") as folder:
         program = compile_allreduce(Path(folder))
         return [

@@ -130,7 +130,7 @@ def training_hours(known: Known, step: Step) -> float:
     """Of all epochs with their evaluations, which are a forward of the test set on all nodes;
     without the start, checkpoints (written behind the steps) and the queue."""
     train = known.recipe.train
-    steps = max(1, round(train.epochs * (known.train_images // step.global_batch)))
+    steps = max(1, round(train.epochs * max(1, known.train_images // step.global_batch)))
     every = train.eval_every or train.epochs
     evaluations = max(1, round(train.epochs / every))
     tested = math.ceil(known.test_images / step.nodes)

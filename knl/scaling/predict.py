@@ -224,8 +224,9 @@ def _assumptions(made: Prediction, most: int) -> dict[str, str]:
         found["interval"] = "90 % of what the fit leaves open; stragglers half to one and a half"
     else:
         found["interval"] = (
-            "no statistics. Low: a node's whole bandwidth, no stragglers. High: half the "
-            "bandwidth, twice the latency, sums only after backward, twice the stragglers"
+            "no statistics, and the speed of a node is taken as it is. Low: a node's whole "
+            "bandwidth, no stragglers. High: half the bandwidth, twice the latency, sums only "
+            "after backward, twice the stragglers"
         )
     if made.site and most > max((queue.nodes for queue in made.site.queues), default=most):
         found["queue"] = f"no queue of {made.site.name} takes {most} nodes: rates of its widest"
@@ -238,7 +239,7 @@ def describe(result: dict[str, Any]) -> str:
         f"{result['recipe']} on {result['site'] or 'this machine'}, {result['scaling']} scaling",
         f"{'nodes':>6}{'batch':>7}{'compute':>9}{'sync':>8}{'exposed':>9}{'slowest':>9}"
         f"{'step ms':>9}{'(low to high)':>17}{'images/s':>10}{'effic.':>8}"
-        f"{'hours':>9}{'node-h':>9}{'SU':>8}{'kWh':>8}{'USD':>9}",
+        f"{'hours':>10}{'node-h':>9}{'SU':>8}{'kWh':>8}{'USD':>9}",
     ]
     for row in result["rows"]:
         ms = {key: f"{row[key] * 1e3:.1f}" for key in row if key.endswith("_s") or "step_s" in key}
@@ -250,7 +251,7 @@ def describe(result: dict[str, Any]) -> str:
         lines.append(
             f"{row['nodes']:>6}{row['global_batch']:>7}{ms['compute_s']:>9}{ms['allreduce_s']:>8}"
             f"{ms['exposed_s']:>9}{ms['straggler_s']:>9}{ms['step_s']:>9}{span:>17}"
-            f"{row['images_per_s']:>10,.0f}{row['efficiency']:>8.1%}{row['hours']:>9.4g}"
+            f"{row['images_per_s']:>10,.0f}{row['efficiency']:>8.1%}{row['hours']:>10.3g}"
             f"{row['node_hours']:>9,.0f}{money[0]:>8}{money[1]:>8}{money[2]:>9}"
         )
     if "fit" in result:

@@ -41,7 +41,8 @@ def compile_allreduce(folder: Path) -> Path:
 
 
 def simulate(program: Path, algorithm: str, size: int, nodes: int, net: Network) -> float:
-    """Seconds of an allreduce of `size` bytes with one rank a node. Raises FailedError."""
+    """Seconds of an allreduce of `size` bytes with one rank a node, which fills its node's link.
+    Raises FailedError."""
     with tempfile.TemporaryDirectory(prefix="knl-smpi-") as folder:
         platform, hosts = Path(folder, "platform.xml"), Path(folder, "hosts")
         platform.write_text(_platform(nodes, net))
@@ -56,13 +57,12 @@ def _platform(nodes: int, net: Network) -> str:
     """A fat tree of two levels: leaf switches, and as many cores as a leaf has links up. The four
     links between nodes of two leaves have the site's latency together; within a leaf it is two."""
     leaves = math.ceil(nodes / net.leaf_nodes)
-    bandwidth = min(net.node_gb_s, net.rank_gb_s)
     tree = f"2;{net.leaf_nodes},{leaves};1,{net.leaf_uplinks};1,1"
     return f"""<?xml version='1.0'?>
 <!DOCTYPE platform SYSTEM "https://simgrid.org/simgrid.dtd">
 <platform version="4.1">
   <cluster id="tree" prefix="n" suffix="" radical="0-{leaves * net.leaf_nodes - 1}" speed="1Gf"
-           bw="{bandwidth}GBps" lat="{net.latency_us / 4}us" topology="FAT_TREE"
+           bw="{net.node_gb_s}GBps" lat="{net.latency_us / 4}us" topology="FAT_TREE"
            topo_parameters="{tree}" loopback_bw="100GBps" loopback_lat="0.1us"/>
 </platform>
 """
