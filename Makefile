@@ -17,6 +17,10 @@ PREFIX ?=
 MPI ?=
 HIDDEN ?=
 
+# Tests of one process each run side by side. Those that start ranks, jobs or nodes want the machine.
+ALONE = tests/data tests/report tests/topology tests/unit
+TOGETHER = tests/bundle tests/faults tests/modules tests/mpi tests/slurm
+
 CHECK = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 9))' || \
 	{ echo "$(PYTHON) is not Python 3.9 or newer: name one with make PYTHON=/path/of/python3" >&2; exit 1; }
 INSTALL = $(CHECK); \
@@ -31,7 +35,8 @@ demo:
 test:
 	@$(call INSTALL,--test); set -e; \
 	"$$bin/ruff" check .; "$$bin/ruff" format --check .; "$$bin/mypy"; \
-	"$$bin/python" -m pytest $(PYTEST)
+	"$$bin/python" -m pytest -n auto --dist loadfile $(ALONE) $(PYTEST); \
+	"$$bin/python" -m pytest $(TOGETHER) $(PYTEST)
 
 module:
 	@$(CHECK); $(PYTHON) tools/module.py --prefix "$(PREFIX)" --stack "$(STACK)" --mpi "$(MPI)" \

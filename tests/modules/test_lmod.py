@@ -74,6 +74,7 @@ def variables(text, mark):
     return sorted(line for line in inside.splitlines() if not BOOKS.match(line))
 
 
+@pytest.mark.one_stack
 @pytest.mark.parametrize("threads", [None, "7"])
 @pytest.mark.parametrize("tree", TREES)
 def test_unloading_restores_the_environment_to_the_byte(prefix, tree, threads):

@@ -29,6 +29,7 @@ def pages(tmp_path_factory):
     return [run / "report.html", folder / "report.html"]
 
 
+@pytest.mark.one_stack
 def test_pages_fit_their_window_and_ask_for_nothing(pages, tmp_path):
     with browser() as chromium:
         for page in pages:

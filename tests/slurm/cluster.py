@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -36,6 +37,18 @@ class SlurmCluster:
         return subprocess.run(
             command, env=full, input="", capture_output=True, text=True, timeout=timeout
         )
+
+    def batch(self, *options: str, timeout: float = 120.0) -> int:
+        """Submit a script and wait for its end: its exit status. sbatch --wait looks every 10 s."""
+        submitted = self.run("sbatch", "--parsable", *options)
+        assert submitted.returncode == 0, submitted.stderr
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            shown = self.run("scontrol", "show", "job", "-o", submitted.stdout.strip()).stdout
+            if re.search(r"JobState=(COMPLETED|FAILED)", shown):
+                return int(re.findall(r"ExitCode=(\d+)", shown)[0])
+            time.sleep(0.1)
+        raise TimeoutError(f"{' '.join(options)} is not over after {timeout:.0f} s")
 
 
 @contextlib.contextmanager

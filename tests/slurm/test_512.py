@@ -5,7 +5,6 @@ On one stack: what runs there imports no torch, and starting the nodes is the sa
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from .jobs import SCRIPTS, submit
 NODES = 512
 
 
-@pytest.mark.skipif(sys.version_info < (3, 10), reason="on the modern stack alone")
+@pytest.mark.one_stack
 def test_512_nodes_have_512_ranks(tmp_path_factory):
     missing = missing_parts()
     if missing:

@@ -20,8 +20,7 @@ def test_sbatch_writes_the_output_of_its_job(cluster: SlurmCluster, tmp_path: Pa
     script = tmp_path / "job.sh"
     script.write_text("#!/bin/sh\n#SBATCH -N 2 -n 2\nsrun hostname\necho nodes $SLURM_NNODES\n")
     output = tmp_path / "job.out"
-    done = cluster.run("sbatch", "--wait", f"--output={output}", str(script))
-    assert done.returncode == 0, done.stderr
+    assert cluster.batch(f"--output={output}", str(script)) == 0
     lines = output.read_text().splitlines()
     assert len(lines) == 3
     assert lines[-1] == "nodes 2"

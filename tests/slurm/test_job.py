@@ -18,6 +18,7 @@ EIGHT_LANES = ("digits", "--set", "train.lanes=8", "--set", "train.lane_batch=32
 TWO_EPOCHS = (*EIGHT_LANES, "--set", "train.epochs=2")
 
 
+@pytest.mark.one_stack
 @pytest.mark.parametrize("script", sorted(SCRIPTS.glob("*.sbatch")), ids=lambda path: path.name)
 def test_scripts_are_bash_and_clean(script):
     subprocess.run(["bash", "-n", script], check=True)
@@ -51,6 +52,7 @@ def test_nodes_train_alike(cluster, tmp_path, nodes):
     assert steps(run) == 10
 
 
+@pytest.mark.one_stack
 def test_names_may_hold_anything(cluster, tmp_path):
     place = tmp_path / "a b 'c' \"d\" $(touch x) é\n;e"
     place.mkdir()
@@ -74,6 +76,7 @@ def test_names_may_hold_anything(cluster, tmp_path):
     assert not [path for path in tmp_path.rglob("[xyz]")]
 
 
+@pytest.mark.one_stack
 def test_without_a_recipe_or_an_environment_the_job_says_so(cluster, tmp_path):
     job = submit(cluster, tmp_path, "-N1", TRAIN)
     assert job.end() == "FAILED"
@@ -95,6 +98,7 @@ def archive_of(folder: Path) -> Path:
     return archive
 
 
+@pytest.mark.one_stack
 def test_a_bundle_is_unpacked_on_every_node_and_cleared_away(cluster, tmp_path):
     local = tmp_path / "local"
     local.mkdir()
@@ -107,6 +111,7 @@ def test_a_bundle_is_unpacked_on_every_node_and_cleared_away(cluster, tmp_path):
     assert list(local.iterdir()) == []
 
 
+@pytest.mark.one_stack
 def test_where_nodes_have_no_room_the_shared_environment_is_used(cluster, tmp_path):
     local = tmp_path / "local"
     local.mkdir()

@@ -43,6 +43,7 @@ def test_a_job_that_is_warned_goes_on_until_it_is_done(cluster, tmp_path, whole)
     assert steps(run) == STEPS
 
 
+@pytest.mark.one_stack
 def test_slurm_itself_warns_before_the_time_limit(cluster, tmp_path):
     run = tmp_path / "run"
     limit = ("--time=1", "--signal=B:USR1@45")
@@ -53,6 +54,7 @@ def test_slurm_itself_warns_before_the_time_limit(cluster, tmp_path):
     assert list((run / "checkpoints").glob("step-*"))
 
 
+@pytest.mark.one_stack
 def test_where_jobs_may_not_requeue_a_continuation_is_submitted_once(cluster, tmp_path, whole):
     run = tmp_path / "run"
     job = submit(
@@ -68,6 +70,7 @@ def test_where_jobs_may_not_requeue_a_continuation_is_submitted_once(cluster, tm
     assert weights(run) == whole and steps(run) == STEPS
 
 
+@pytest.mark.one_stack
 def test_a_cancelled_job_keeps_a_checkpoint_and_stays_away(cluster, tmp_path):
     run = tmp_path / "run"
     job = submit(cluster, tmp_path, "-N2", TRAIN, *ENDLESS, KNL_RUN_DIR=str(run))
@@ -79,6 +82,7 @@ def test_a_cancelled_job_keeps_a_checkpoint_and_stays_away(cluster, tmp_path):
     assert "the job is cancelled or over: not queued again" in job.text()
 
 
+@pytest.mark.one_stack
 def test_a_stop_file_ends_it(cluster, tmp_path):
     run = tmp_path / "run"
     job = submit(cluster, tmp_path, "-N2", TRAIN, *ENDLESS, KNL_RUN_DIR=str(run))
@@ -88,6 +92,7 @@ def test_a_stop_file_ends_it(cluster, tmp_path):
     assert f"{run}/STOP is there: not queued again" in job.text()
 
 
+@pytest.mark.one_stack
 def test_a_start_without_progress_is_the_last(cluster, tmp_path):
     python = tmp_path / "bin" / "python"
     python.parent.mkdir()
@@ -98,12 +103,14 @@ def test_a_start_without_progress_is_the_last(cluster, tmp_path):
     assert "no progress since the last start (step -1): not queued again" in job.text()
 
 
+@pytest.mark.one_stack
 def test_a_failed_training_is_not_started_again(cluster, tmp_path):
     job = submit(cluster, tmp_path, "-N1", TRAIN, "digits", "--set", "schedule.lr=1e6")
     assert job.end() == "FAILED"
     assert "queued again" not in job.text() and "continues as" not in job.text()
 
 
+@pytest.mark.one_stack
 def test_a_lost_node_costs_no_more_than_what_follows_the_last_checkpoint(cluster, tmp_path):
     run = tmp_path / "run"
     often = ("--set", "train.checkpoint_minutes=0.02")

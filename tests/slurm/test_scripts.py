@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from ..mpi.launch import knl, run
 from ..mpi.runs import SMALL_RECIPE
 from .jobs import SCRIPTS, submit
@@ -20,6 +22,7 @@ def test_pictures_are_packed_by_all_nodes(cluster, tmp_path):
     assert meta["splits"]["train"]["records"] + meta["splits"]["val"]["records"] >= 60
 
 
+@pytest.mark.one_stack
 def test_a_search_that_is_warned_goes_back_into_the_queue(cluster, tmp_path):
     recipe = tmp_path / "small.toml"
     recipe.write_text(SMALL_RECIPE)
@@ -31,6 +34,7 @@ def test_a_search_that_is_warned_goes_back_into_the_queue(cluster, tmp_path):
     cluster.run("scancel", job.number)
 
 
+@pytest.mark.one_stack
 def test_a_study_needs_a_recipe(cluster, tmp_path):
     job = submit(cluster, tmp_path, "-N1", str(SCRIPTS / "scaling.sbatch"))
     assert job.end() == "FAILED"

@@ -130,6 +130,7 @@ def test_a_time_survives(seconds):
     assert seconds_of(slurm_time(seconds)) == seconds
 
 
+@pytest.mark.one_stack
 @settings(deadline=None, max_examples=40)  # each starts a bash and a Python
 @given(st.lists(st.text(st.characters(blacklist_characters="\0", blacklist_categories=["Cs"]))))
 def test_arguments_and_settings_survive_the_shell(words):
@@ -259,6 +260,7 @@ def test_slurm_takes_the_jobs_one_after_the_other_and_trains(cluster, tmp_path):
     assert shown.stdout.startswith(f"first run: digits, job {told['job_id']} done, step 3 of 3, ")
 
 
+@pytest.mark.one_stack
 @pytest.mark.parametrize("path", sorted(GOLDEN.glob("*.sbatch")), ids=lambda path: path.stem)
 def test_slurm_would_take_every_script(cluster, path):
     """As many nodes as there are. Those of more are seen as they stand in test_512."""

@@ -65,8 +65,8 @@ def test_a_batch_script_is_one_rank(cluster, tmp_path):
     script = tmp_path / "job.sh"
     script.write_text(f"#!/bin/sh\n{shlex.join(who(tmp_path))}\n")
     output = f"--output={tmp_path}/job.out"
-    done = slurm(cluster, "sbatch", "--wait", "-N2", "-n4", output, str(script))
-    assert done.returncode == 0, (tmp_path / "job.out").read_text()
+    status = cluster.batch("-N2", "-n4", output, str(script))
+    assert status == 0, (tmp_path / "job.out").read_text()
     assert worlds(tmp_path) == [[0, 1, 0, 1, "single"]]
 
 
@@ -117,8 +117,9 @@ def test_ranks_can_be_started_on_the_host_of_a_job(cluster, tmp_path, start):
         script = tmp_path / "job.sh"
         script.write_text(f"#!/bin/sh\n{shlex.join(bounded)}\n")
         files = (f"--output={tmp_path}/out", f"--error={tmp_path}/err")
-        done = slurm(cluster, "sbatch", "--wait", "-N2", "-n4", *files, str(script))
-        done.stdout, done.stderr = ((tmp_path / name).read_text() for name in ("out", "err"))
+        status = cluster.batch("-N2", "-n4", *files, str(script))
+        out, err = ((tmp_path / name).read_text() for name in ("out", "err"))
+        done = subprocess.CompletedProcess(train, status, out, err)
     else:
         done = slurm(cluster, "srun", "-n1", *bounded)
     assert finished(done, tmp_path).result["ranks"] == 2

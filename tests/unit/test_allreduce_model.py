@@ -87,6 +87,7 @@ def test_a_full_leaf_puts_two_streams_on_a_link():
     )
 
 
+@pytest.mark.one_stack
 @pytest.mark.skipif(shutil.which("smpicc") is None, reason="needs SimGrid (libsimgrid-dev)")
 def test_within_a_fifth_of_a_real_allreduce_on_simulated_nodes():
     for row in smpi_rows(nodes=(8, 64), sizes=(1 << 20, 1 << 24)):
