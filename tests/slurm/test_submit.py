@@ -146,8 +146,8 @@ def test_arguments_and_settings_survive_the_shell(words):
     ("line", "said"),
     [
         ("launche = 'srun'", "launche: unknown key, did you mean launcher?"),
-        ("[[queues]]\nname = 'a'\nnodez = 4\nhours = 1", "queues.0.nodez: unknown key, did you "
-         "mean nodes?"),
+        ("[[queues]]\nname = 'a'\nnodes = 4\nhour = 1", "queues.0.hour: unknown key, did you mean "
+         "hours?"),
         ("[[queues]]\nname = 'a'\nnodes = 0\nhours = 1", "queues.0.nodes = 0: must be int >= 1"),
         ("[network]\nlatency = 2", "network.latency: unknown key, did you mean latency_us?"),
         ("directives = ['exclusive']", "must be an option such as --exclusive"),
@@ -244,7 +244,7 @@ def test_a_dry_run_prints_the_script_and_what_it_costs(tmp_path):
     ],
 )
 def test_what_would_fail_later_is_refused(tmp_path, arguments, said):
-    done = cli(*arguments, "--dry-run", cwd=tmp_path)
+    done = cli("--dry-run", *arguments, cwd=tmp_path)
     assert done.returncode == 2
     assert said in done.stderr and done.stderr.count("\n") == 1
 
