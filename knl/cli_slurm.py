@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 import typer
 
-from knl.errors import say
+from knl.errors import InputError, say
 
 _JSON = typer.Option(False, "--json", help="Print one JSON object on stdout.")
 
@@ -48,6 +50,7 @@ def submit(
     from knl.slurm.submit import Wish, prepare, seconds_of
     from knl.slurm.submit import submit as hand_in
 
+    _require_train_knows(recipe, arguments or [], run_dir)
     given = [part for override in overrides for part in ("--set", override)]
     wish = Wish(
         recipe, [*given, *(arguments or [])], nodes, seconds_of(time), queue, account, after,
@@ -78,6 +81,26 @@ def status(
 
     found = status_of(run or newest_run(Path("runs")))
     print(json.dumps(found) if as_json else line(found))
+
+
+def _require_train_knows(recipe: str, arguments: Sequence[str], run_dir: Optional[Path]) -> None:
+    """Raise InputError for arguments at which knl train would fail when the job starts at last."""
+    from knl.cli import app
+
+    command: Any = typer.main.get_command(app)
+    try:
+        asked = command.commands["train"].make_context("train", [recipe, *arguments]).params
+    except Exception as error:  # of click's or of typer's own copy of it, as the version has it
+        if not hasattr(error, "format_message"):
+            raise
+        said = " ".join(error.format_message().split())
+        raise InputError(f"-- {shlex.join(arguments)}: knl train refuses that: {said}") from None
+    if asked["ranks"] is not None:
+        raise InputError(f"-n {asked['ranks']}: a job's ranks are --nodes x --ranks-per-node")
+    if asked["list_recipes"] or asked["print_recipe"]:
+        raise InputError("--list, --print: ask knl train itself; a job trains")
+    if run_dir is not None and asked["run_dir"] is not None:
+        raise InputError(f"--run-dir {run_dir}, {asked['run_dir']}: give one of the two")
 
 
 COMMANDS = (submit, status)

@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, cast
+from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
 import msgspec
 import tomli_w
@@ -263,13 +263,21 @@ def _refuse_unknown(table: Mapping[str, Any], kind: Any, place: str, path: Path)
                 f"{path}: {place}{key}: unknown key{nearest(key, list(fields))}; "
                 f"known: {', '.join(fields)}"
             )
-        inner = fields[key]
-        if (
-            isinstance(inner, type)
-            and issubclass(inner, msgspec.Struct)
-            and isinstance(value, dict)
-        ):
+        inner = _table_kind(fields[key])
+        if inner is not None and isinstance(value, dict):
             _refuse_unknown(value, inner, f"{place}{key}.", path)
+        elif inner is not None and isinstance(value, list):
+            for number, item in enumerate(value):
+                if isinstance(item, dict):
+                    _refuse_unknown(item, inner, f"{place}{key}.{number}.", path)
+
+
+def _table_kind(kind: Any) -> Any:
+    """The table among a field's types: itself, or what a tuple or an Optional holds."""
+    for part in (kind, *get_args(kind)):
+        if get_origin(part) is None and isinstance(part, type) and issubclass(part, msgspec.Struct):
+            return part
+    return None
 
 
 def nearest(word: str, known: Sequence[str]) -> str:

@@ -45,13 +45,14 @@ def render(site: Site, queue: Queue | None, order: Order) -> str:
         "KNL_REQUEUE": "yes" if site.requeue else "no",
         **order.settings,
     }
+    options = directives(site, queue, order)
     where = f"{site.title}, queue {queue.name}" if queue else site.title
     lines = [
         "#!/bin/bash",
         f"# {order.script} by knl {__version__} for {_one_line('title', where)}.",
         f"# {cost(queue, order)}",
         "#",
-        *directives(site, queue, order),
+        *options,
         "",
         "# --- settings",
         *(f"export {name}={shlex.quote(value)}" for name, value in settings.items()),
@@ -81,14 +82,20 @@ def directives(site: Site, queue: Queue | None, order: Order) -> list[str]:
     lines = [f"--{name}={_word(name, value)}" for name, value in options.items() if value]
     lines += ["--exclusive", "--requeue" if site.requeue else "--no-requeue"]
     lines = [line for line in lines if line[2:].partition("=")[0] not in site.leave_out]
-    lines += [_one_line("directives", directive) for directive in site.directives]
+    for directive in site.directives:
+        if not directive.startswith("-"):
+            raise InputError(
+                f"{site.name}: directives: {directive!r}: must be an option such as --exclusive"
+            )
+        lines.append(_one_line("directives", directive))
     return [f"#SBATCH {line}" for line in lines]
 
 
 def cost(queue: Queue | None, order: Order) -> str:
     """What the job is charged at most, in words."""
     hours = order.nodes * order.seconds / 3600
-    text = f"{order.nodes} nodes for {slurm_time(order.seconds)}: at most {hours:,.1f} node-hours"
+    nodes = "1 node" if order.nodes == 1 else f"{order.nodes} nodes"
+    text = f"{nodes} for {slurm_time(order.seconds)}: at most {hours:,.1f} node-hours"
     return f"{text}, {hours * queue.su:,.1f} SU" if queue and queue.su else text
 
 

@@ -19,6 +19,7 @@ from knl.slurm.queues import choose_queue
 from knl.slurm.render import Order, cost, render
 
 _TOOL_S = 60.0
+_YEAR_S = 365 * 86400
 _CLOCK = re.compile(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)")
 
 
@@ -140,8 +141,8 @@ def seconds_of(text: str) -> int:
         found = 86400 * days + 3600 * hours + 60 * minutes + seconds
     else:
         found = round(parse_time(text, "--time"))
-    if found < 60:
-        raise InputError(f"--time {text}: must be a minute at least")
+    if not 60 <= found <= _YEAR_S:
+        raise InputError(f"--time {text}: must be from a minute to a year")
     return found
 
 

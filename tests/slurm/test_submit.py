@@ -143,6 +143,26 @@ def test_arguments_and_settings_survive_the_shell(words):
     assert json.loads(done.stdout) == ["".join(words), words], done.stderr
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("launche = 'srun'", "launche: unknown key, did you mean launcher?"),
+        ("[[queues]]\nname = 'a'\nnodes = 4\nhour = 1", "queues.0.hour: unknown key, did you mean "
+         "hours?"),
+        ("[[queues]]\nname = 'a'\nnodes = 0\nhours = 1", "queues.0.nodes = 0: must be int >= 1"),
+        ("[network]\nlatency = 2", "network.latency: unknown key, did you mean latency_us?"),
+        ("directives = ['exclusive']", "must be an option such as --exclusive"),
+        ("[[queues]]\nname = 'a'\nnodes = 1\nhours = 1\n" * 2, "a is there twice"),
+    ],
+)  # fmt: skip
+def test_a_site_is_refused_by_the_name_of_its_key(tmp_path, line, said):
+    path = tmp_path / "s.toml"
+    path.write_text(f"title = 'x'\n{line}\n")
+    with pytest.raises(InputError) as refused:
+        prepare(load_site(str(path)), Wish("digits", [], 1, 3600))
+    assert said in str(refused.value)
+
+
 @pytest.mark.parametrize("change", [{"title": "a\nrm -rf x"}, {"directives": ("--x=1\n#",)}])
 def test_lines_of_a_site_take_no_second_line(change):
     site = msgspec.structs.replace(load_site("generic"), **change)
@@ -216,10 +236,16 @@ def test_a_dry_run_prints_the_script_and_what_it_costs(tmp_path):
         (("digits", "-N", "1", "--set", "train.epoch=1"), "did you mean epochs?"),
         (("digits", "-N", "1", "--after", "x"), "--after x: must be the number of a job"),
         (("digits", "-N", "1", "--bundle", "gone.tar"), "knl bundle makes one"),
+        (("digits", "-N", "1", "--time", "9999d"), "must be from a minute to a year"),
+        (("digits", "-N", "1", "--", "--nonsense"), "knl train refuses that: No such option"),
+        (("digits", "-N", "1", "--", "--set"), "knl train refuses that: "),
+        (("digits", "-N", "1", "--", "-n", "2"), "-n 2: a job's ranks are --nodes x"),
+        (("digits", "-N", "1", "--", "--print"), "a job trains"),
+        (("digits", "-N", "1", "--run-dir", "a", "--", "--run-dir", "b"), "give one of the two"),
     ],
 )
 def test_what_would_fail_later_is_refused(tmp_path, arguments, said):
-    done = cli(*arguments, "--dry-run", cwd=tmp_path)
+    done = cli("--dry-run", *arguments, cwd=tmp_path)
     assert done.returncode == 2
     assert said in done.stderr and done.stderr.count("\n") == 1
 
