@@ -16,6 +16,7 @@ knl_phases=""
 knl_launched=0
 knl_warning=USR1 # what tells what was launched that its time is nearly over
 knl_cancelled=no
+trap : USR1 # while nothing is launched that could heed it
 
 knl_say() { printf 'knl: %s\n' "$*" >&2; }
 
@@ -97,7 +98,8 @@ knl_wait() {
     wait "$knl_launched"
     status=$?
   done
-  trap - USR1 TERM
+  trap : USR1
+  trap - TERM
   return "$status"
 }
 
