@@ -35,6 +35,24 @@ def test_the_check_finds_every_rank_on_its_node(cluster, tmp_path, per_node):
     assert f"{8 * per_node} distinct ranks of {8 * per_node} on 8 nodes" in job.text()
 
 
+@pytest.mark.one_stack
+def test_where_there_is_an_ibrun_it_starts_the_ranks(cluster, tmp_path):
+    """A stand-in: it takes the ranks from Slurm's variables, as TACC's does."""
+    ibrun, local = tmp_path / "bin" / "ibrun", tmp_path / "local"
+    ibrun.parent.mkdir()
+    local.mkdir()
+    ibrun.write_text(
+        '#!/bin/sh\necho ibrun "$2" >&2\nexec srun -n "$SLURM_NTASKS" --mpi=pmi2 "$@"\n'
+    )
+    ibrun.chmod(0o755)
+    environment = {"PATH": f"{ibrun.parent}:{os.environ['PATH']}", "KNL_LOCAL": str(local)}
+    bundle = str(archive_of(tmp_path))
+    job = submit(cluster, tmp_path, "-N1", TRAIN, "--check", KNL_BUNDLE=bundle, **environment)
+    assert job.end() == "COMPLETED", job.text()
+    assert "ibrun -m" in job.text() and "1 distinct ranks of 1 on 1 nodes" in job.text()
+    assert f"python of {local}" in job.text() and list(local.iterdir()) == []
+
+
 def test_a_check_names_the_ranks_that_are_missing(tmp_path):
     line = '{"rank": 1, "size": 4, "host": "c1", "seconds": 1.0}\n'
     command = [sys.executable, "-m", "knl.slurm.check", "gather", "2", "4"]
