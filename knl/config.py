@@ -146,16 +146,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises InputError in one line that names the key, its value and what it may be.
     """
-    path = Path(name) if name.endswith(".toml") or "/" in name else RECIPES / f"{name}.toml"
-    try:
-        table = read_table(path, "recipe")
-    except FileNotFoundError:
-        known = recipe_names()
-        raise InputError(
-            f"recipe {name!r} not found{nearest(name, known)}; known: {', '.join(known)}, "
-            "or the path of a .toml file"
-        ) from None
-    table.setdefault("name", path.stem)
+    path, table = read_table("recipe", name, RECIPES)
     for override in overrides:
         _override(table, override)
     recipe = convert(table, Recipe, path)
@@ -163,13 +154,18 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
-def read_table(path: Path, what: str) -> dict[str, Any]:
-    """The table in a TOML file. Raises InputError when it cannot be read, FileNotFoundError when it
-    is not there: the caller knows what else there is."""
+def read_table(what: str, name: str, folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The TOML file of a name in `folder`, or of a path, and its table. Raises InputError when
+    it is not there or cannot be read."""
+    path = Path(name) if name.endswith(".toml") or "/" in name else folder / f"{name}.toml"
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return path, {"name": path.stem, **tomllib.loads(path.read_text(encoding="utf-8"))}
     except FileNotFoundError:
-        raise
+        known = sorted(path.stem for path in folder.glob("*.toml"))
+        raise InputError(
+            f"{what} {name!r} not found{nearest(name, known)}; known: {', '.join(known)}, "
+            "or the path of a .toml file"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{what} {path} cannot be read: {error}") from None
     except tomllib.TOMLDecodeError as error:

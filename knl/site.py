@@ -7,11 +7,12 @@ from typing import Annotated, Literal, Optional
 
 from msgspec import Meta
 
-from knl.config import Section, convert, nearest, read_table
+from knl.config import Section, convert, read_table
 from knl.errors import InputError
 
 # The scripts and sites of `slurm/`, which an installed package carries with it.
 JOBS = Path(__file__).parent / "slurm" / "jobs"
+SITES = JOBS / "sites"
 
 _Positive = Annotated[int, Meta(ge=1)]
 _Count = Annotated[int, Meta(ge=0)]
@@ -74,26 +75,12 @@ class Site(Section, frozen=True):
     network: Optional[Network] = None
 
 
-def site_names() -> list[str]:
-    """Names of the sites that come with the package."""
-    return sorted(path.stem for path in (JOBS / "sites").glob("*.toml"))
-
-
 def load_site(name: str) -> Site:
     """A site by name or by the path of its TOML file.
 
     Raises InputError in one line that names the key, its value and what it may be.
     """
-    path = Path(name) if name.endswith(".toml") or "/" in name else JOBS / f"sites/{name}.toml"
-    try:
-        table = read_table(path, "site")
-    except FileNotFoundError:
-        known = site_names()
-        raise InputError(
-            f"site {name!r} not found{nearest(name, known)}; known: {', '.join(known)}, "
-            "or the path of a .toml file"
-        ) from None
-    table.setdefault("name", path.stem)
+    path, table = read_table("site", name, SITES)
     site = convert(table, Site, path)
     doubled = {queue.name for queue in site.queues if _count(site, queue.name) > 1}
     if doubled:
