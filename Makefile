@@ -17,9 +17,11 @@ PREFIX ?=
 MPI ?=
 HIDDEN ?=
 
-# Tests of one process each run side by side. Those that start ranks, jobs or nodes want the machine.
-ALONE = tests/data tests/report tests/topology tests/unit
-TOGETHER = tests/bundle tests/faults tests/modules tests/mpi tests/slurm
+# Tests of one process each run side by side; two by two those of jobs, which wait most of the time.
+# Those of ranks, and of 512 nodes, want the machine to themselves.
+SINGLE = tests/data tests/report tests/topology tests/unit
+JOBS = tests/bundle tests/modules tests/slurm --ignore=tests/slurm/test_512.py
+RANKS = tests/faults tests/mpi tests/slurm/test_512.py
 
 CHECK = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 9))' || \
 	{ echo "$(PYTHON) is not Python 3.9 or newer: name one with make PYTHON=/path/of/python3" >&2; exit 1; }
@@ -35,8 +37,9 @@ demo:
 test:
 	@$(call INSTALL,--test); set -e; \
 	"$$bin/ruff" check .; "$$bin/ruff" format --check .; "$$bin/mypy"; \
-	"$$bin/python" -m pytest -n auto --dist loadfile $(ALONE) $(PYTEST); \
-	"$$bin/python" -m pytest $(TOGETHER) $(PYTEST)
+	"$$bin/python" -m pytest -n auto --dist loadfile $(SINGLE) $(PYTEST); \
+	"$$bin/python" -m pytest -n 2 --dist loadfile $(JOBS) $(PYTEST); \
+	"$$bin/python" -m pytest $(RANKS) $(PYTEST)
 
 module:
 	@$(CHECK); $(PYTHON) tools/module.py --prefix "$(PREFIX)" --stack "$(STACK)" --mpi "$(MPI)" \

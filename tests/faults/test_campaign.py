@@ -10,6 +10,7 @@ from .campaign import MOMENTS, campaign
 
 
 @pytest.mark.slow
+@pytest.mark.one_stack  # make campaign was run on both: reliability.md
 def test_ten_kills_leave_no_trace(tmp_path):
     if shutil.which("gcc") is None:
         pytest.skip("no gcc to build slow_and_back.c with: install g++")

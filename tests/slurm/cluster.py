@@ -70,7 +70,7 @@ def slurm_cluster(nodes: int, root: Path) -> Iterator[SlurmCluster]:
         try:
             for name in ("slurmctld", *names):
                 start_daemon(cluster, name)
-            _wait_until_idle(cluster, timeout=30.0 + 0.2 * nodes)
+            wait_until_idle(cluster, timeout=30.0 + 0.2 * nodes)
             yield cluster
         finally:
             _stop(cluster)
@@ -97,7 +97,8 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
 KillWait=5
-SlurmdTimeout=20
+SlurmdTimeout=12
+ReturnToService=2
 NodeName=DEFAULT CPUs=272 Sockets=1 CoresPerSocket=68 ThreadsPerCore=4 Feature=knl,quad,cache
 NodeName={names} Port=[{slurmd_ports}] NodeHostname=localhost NodeAddr=127.0.0.1
 PartitionName=normal Nodes=ALL Default=YES MaxTime=2880 State=UP
@@ -152,7 +153,7 @@ def start_daemon(cluster: SlurmCluster, name: str) -> None:
         raise RuntimeError(f"{' '.join(command)} failed: {said}; {_tail(cluster, name)}")
 
 
-def _wait_until_idle(cluster: SlurmCluster, timeout: float) -> None:
+def wait_until_idle(cluster: SlurmCluster, timeout: float) -> None:
     """Wait at most ``timeout`` seconds for every node to be idle."""
     deadline = time.monotonic() + timeout
     late = list(cluster.nodes)

@@ -10,13 +10,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from .cluster import SlurmCluster, start_daemon
+from .cluster import SlurmCluster, start_daemon, wait_until_idle
 from .jobs import SCRIPTS, steps, submit, weights
 
 TRAIN = str(SCRIPTS / "train.sbatch")
 ENDLESS = ("digits", "--set", "train.epochs=100000", "--set", "train.eval_every=0")
-LONG = ("digits", "--set", "train.epochs=160", "--set", "train.eval_every=0")
-STEPS = 800
+LONG = ("digits", "--set", "train.epochs=100", "--set", "train.eval_every=0")
+STEPS = 500
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +133,7 @@ def test_a_lost_node_costs_no_more_than_what_follows_the_last_checkpoint(cluster
         cluster.run("scancel", job.number)
     assert "start 2: 2 ranks on 2 nodes" in job.text()
     assert job.end() == "CANCELLED"
+    wait_until_idle(cluster, timeout=60.0)
 
 
 def fall_silent(cluster: SlurmCluster, name: str, job: str) -> list[int]:
