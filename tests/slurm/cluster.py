@@ -97,7 +97,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
 KillWait=5
-SlurmdTimeout=12
+SlurmdTimeout={10 + len(cluster.nodes)}
 ReturnToService=2
 NodeName=DEFAULT CPUs=272 Sockets=1 CoresPerSocket=68 ThreadsPerCore=4 Feature=knl,quad,cache
 NodeName={names} Port=[{slurmd_ports}] NodeHostname=localhost NodeAddr=127.0.0.1
