@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from knl.errors import FailedError, KnlError
-from knl.site import Queue, Site
+from knl.site import Site
 from knl.slurm.queues import choose_queue
 from knl.slurm.render import Order, render
 from knl.slurm.submit import Job, submit
@@ -35,8 +35,6 @@ def jobs_of(site: Site, asked: Asked) -> list[Job]:
     jobs = []
     for nodes in asked.counts:
         queue = choose_queue(site, nodes, asked.seconds / 3600, asked.queue)
-        if queue is None and asked.queue:
-            queue = Queue(name=asked.queue, nodes=nodes, hours=asked.seconds / 3600)
         order = Order(
             script="scaling.sbatch",
             name=f"scale-{re.sub(r'[^A-Za-z0-9_.-]', '_', asked.name)}-{nodes}",

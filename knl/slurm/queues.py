@@ -8,12 +8,12 @@ from knl.site import Queue, Site
 
 def choose_queue(site: Site, nodes: int, hours: float, name: str = "") -> Queue | None:
     """The queue of that name, else the first of the site's that takes so many nodes for so long.
-    None where the site lists no queues: Slurm's own default then counts, or `name`.
+    None where the site lists no queues and none is named: Slurm's own default then counts.
 
     Raises InputError that names the limit, and the queue that would do.
     """
     if not site.queues:
-        return None
+        return Queue(name=name, nodes=nodes, hours=hours) if name else None
     fitting = [queue for queue in site.queues if not _too_much(queue, nodes, hours)]
     if not name:
         if fitting:

@@ -88,8 +88,6 @@ def prepare(site: Site, wish: Wish) -> Job:
     if wish.after and not re.fullmatch(r"\d+", wish.after):
         raise InputError(f"--after {wish.after}: must be the number of a job")
     queue = choose_queue(site, wish.nodes, wish.seconds / 3600, wish.queue)
-    if queue is None and wish.queue:
-        queue = Queue(name=wish.queue, nodes=wish.nodes, hours=wish.seconds / 3600, su=0)
     name = Path(wish.recipe)
     settings = {"KNL_ENV": sys.prefix}
     if wish.run_dir is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -66,20 +66,10 @@ def submit(
 
 def weights(run: Path) -> str:
     """The checksum of the weights at the end of a run, by its last evaluation."""
-    import json
-
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [row for row in rows if "top1" in row][-1]["weights_crc32"]
-
-
-def available_mb() -> int:
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) // 1024
 
 
 def steps(run: Path) -> int:
     metrics = run / "metrics.jsonl"
     return metrics.read_text().count('"lr"') if metrics.exists() else 0
-
-
-os.environ.setdefault("SLURM_TIME_FORMAT", "standard")
