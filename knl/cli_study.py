@@ -13,6 +13,15 @@ import typer
 from knl.errors import InputError, say
 
 _JSON = typer.Option(False, "--json", help="Print one JSON object on stdout.")
+_OVERRIDES = typer.Option(
+    [], "--set", metavar="KEY=VALUE", help="Override a key of the recipe; repeatable."
+)
+_MADE_UP = typer.Option(
+    False, "--synthetic", help="Made-up pictures of the recipe's size, not its data."
+)
+_STRONG = typer.Option(
+    False, "--strong", help="Keep the recipe's global batch; else each node has one lane's."
+)
 
 
 def run(
@@ -28,15 +37,9 @@ def run(
     out: Optional[Path] = typer.Option(
         None, help="Folder of the study, which goes on there; studies/RECIPE-TIME if not given."
     ),
-    strong: bool = typer.Option(
-        False, "--strong", help="Keep the recipe's global batch; else each node has one lane's."
-    ),
-    made_up: bool = typer.Option(
-        False, "--synthetic", help="Made-up pictures of the recipe's size, not its data."
-    ),
-    overrides: list[str] = typer.Option(
-        [], "--set", metavar="KEY=VALUE", help="Override a key of the recipe; repeatable."
-    ),
+    strong: bool = _STRONG,
+    made_up: bool = _MADE_UP,
+    overrides: list[str] = _OVERRIDES,
     as_json: bool = _JSON,
 ) -> None:
     """Measure training steps of a recipe on several numbers of nodes.
@@ -90,15 +93,9 @@ def submit(
         "", help="Queue (partition); the site's first that fits if not given."
     ),
     account: str = typer.Option("", help="Account to charge; the site's if not given."),
-    strong: bool = typer.Option(
-        False, "--strong", help="Keep the recipe's global batch; else each node has one lane's."
-    ),
-    made_up: bool = typer.Option(
-        False, "--synthetic", help="Made-up pictures of the recipe's size, not its data."
-    ),
-    overrides: list[str] = typer.Option(
-        [], "--set", metavar="KEY=VALUE", help="Override a key of the recipe; repeatable."
-    ),
+    strong: bool = _STRONG,
+    made_up: bool = _MADE_UP,
+    overrides: list[str] = _OVERRIDES,
     dry_run: bool = typer.Option(False, "--dry-run", help="Print the jobs, and submit none."),
     as_json: bool = _JSON,
 ) -> None:
