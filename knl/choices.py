@@ -15,7 +15,7 @@ from knl.topology import Topology
 Allocator = Literal["glibc", "glibc-heap", "tcmalloc", "jemalloc"]
 OpenMp = Literal["libgomp", "libiomp5"]
 MemoryChoice = Literal["auto", "none"]
-Layout = Literal["contiguous", "channels_last", "ipex"]
+Layout = Literal["blocked", "contiguous", "channels_last", "ipex"]
 Dtype = Literal["fp32", "bf16"]
 # Algorithms that oneCCL has for memory of the host.
 ALLREDUCE_ALGORITHMS = (
@@ -77,7 +77,7 @@ def rule_choices(node: Topology, ranks: int, environment: Mapping[str, str]) -> 
         openmp="libiomp5" if iomp else "libgomp",
         blocktime_ms=1 if iomp else 200,
         allocator=allocators(environment)[-1],
-        layout="ipex" if has_ipex() else "channels_last",
+        layout="blocked",
     )
 
 

@@ -80,7 +80,7 @@ class Train(Section, frozen=True):
     eval_every: _Count = 1
     label_smoothing: Annotated[float, Meta(ge=0, lt=1)] = 0.0
     dtype: Literal["fp32", "bf16"] = "fp32"
-    layout: Literal["auto", "contiguous", "channels_last", "ipex"] = "auto"
+    layout: Literal["auto", "blocked", "contiguous", "channels_last", "ipex"] = "auto"
     compile: bool = False
     checkpoint_minutes: _NotNegative = 10.0
     keep_checkpoints: _Positive = 3

@@ -72,6 +72,6 @@ def arranged(images: NDArray[Any], layout: str) -> NDArray[Any]:
 
     By NumPy, as torch would start a team of OpenMP threads for each thread that calls it.
     """
-    if layout == "contiguous":
+    if layout in ("contiguous", "blocked"):
         return np.ascontiguousarray(images)
     return np.ascontiguousarray(images.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)

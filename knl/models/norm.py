@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from knl import native
+from knl.models.blocked_norm import BlockedNorm, How, apply
 
 _CHANNELS_LAST = torch.channels_last
 
@@ -36,18 +37,45 @@ class BatchNorm(nn.BatchNorm2d):
     def forward(  # type: ignore[override]
         self, x: torch.Tensor, residual: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """`x`, `residual`: [samples, channels, height, width]."""
+        """`x`, `residual`: [samples, channels, height, width], or blocked."""
+        return self._run(x, residual, False)[0]
+
+    def fork(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The output twice, for two uses: the kernels for blocked activations add their gradients
+        up on the way, where torch would take a pass of its own."""
+        outputs = self._run(x, residual, True)
+        return outputs[0], outputs[-1]
+
+    def _run(
+        self, x: torch.Tensor, residual: torch.Tensor | None, fork: bool
+    ) -> tuple[torch.Tensor, ...]:
+        if x.dim() == 5:
+            return self._run_blocked(x, residual, fork)
         if self._fused(x, residual):
-            assert self.num_batches_tracked is not None  # tracks by default
-            self.num_batches_tracked.add_(1)
-            return _Fused.apply(  # type: ignore[no-any-return]
+            self._count()
+            y = _Fused.apply(
                 x, residual, self.weight, self.bias, self.running_mean, self.running_var,
                 self.eps, self.momentum, self.relu,
             )  # fmt: skip
+            return (y,)
         y = super().forward(x)
         if residual is not None:
             y = y.add_(residual)
-        return functional.relu_(y) if self.relu else y
+        return (functional.relu_(y) if self.relu else y,)
+
+    def _run_blocked(
+        self, x: torch.Tensor, residual: torch.Tensor | None, fork: bool
+    ) -> tuple[torch.Tensor, ...]:
+        running = self.running_mean, self.running_var
+        if not (self.training and torch.is_grad_enabled()):
+            return (apply(x, residual, self.weight, self.bias, *running, self.eps, self.relu),)
+        self._count()
+        how = How(self.eps, float(self.momentum or 0.0), self.relu, fork)
+        return BlockedNorm.apply(x, residual, self.weight, self.bias, *running, how)  # type: ignore[no-any-return]
+
+    def _count(self) -> None:
+        assert self.num_batches_tracked is not None  # tracks by default
+        self.num_batches_tracked.add_(1)
 
     def _fused(self, x: torch.Tensor, residual: torch.Tensor | None) -> bool:
         fits = all(

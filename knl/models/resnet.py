@@ -9,6 +9,8 @@ from torch import nn
 
 from knl.models.norm import BatchNorm
 
+_Pair = tuple[torch.Tensor, torch.Tensor]
+
 
 def _conv(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False)
@@ -17,10 +19,14 @@ def _conv(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Conv2d:
 class Block(nn.Module):
     """Convolutions with BatchNorm and ReLU, added to the input, or to a projection of it where the
     shape changes. `body`: (kernel size, width) of each convolution; the first 3x3 has the stride,
-    which for a bottleneck is the variant v1.5."""
+    which for a bottleneck is the variant v1.5. `fork`: the output is a pair of the same tensor, for
+    the two branches of the next block."""
 
-    def __init__(self, inputs: int, body: Sequence[tuple[int, int]], stride: int) -> None:
+    def __init__(
+        self, inputs: int, body: Sequence[tuple[int, int]], stride: int, fork: bool = False
+    ) -> None:
         super().__init__()
+        self.fork = fork
         layers: list[nn.Module] = []
         width, left = inputs, stride
         for size, outputs in body:
@@ -35,8 +41,10 @@ class Block(nn.Module):
                 _conv(inputs, width, 1, stride), BatchNorm(width, relu=False)
             )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norm(self.body(x), self.project(x))  # type: ignore[no-any-return]
+    def forward(self, x: torch.Tensor | _Pair) -> torch.Tensor | _Pair:
+        branch, skipped = x if isinstance(x, tuple) else (x, x)
+        inputs = self.body(branch), self.project(skipped)
+        return self.norm.fork(*inputs) if self.fork else self.norm(*inputs)
 
 
 def resnet50(channels: int, classes: int, zero_init_gamma: bool) -> nn.Sequential:
@@ -50,7 +58,8 @@ def resnet50(channels: int, classes: int, zero_init_gamma: bool) -> nn.Sequentia
     for width, blocks, stride in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
         for number in range(blocks):
             body = ((1, width), (3, width), (1, 4 * width))
-            layers.append(Block(inputs, body, stride if number == 0 else 1))
+            is_last = (width, number) == (512, blocks - 1)
+            layers.append(Block(inputs, body, stride if number == 0 else 1, fork=not is_last))
             inputs = 4 * width
     return _finish(layers, inputs, classes, zero_init_gamma)
 
@@ -60,7 +69,7 @@ def resnet_small(channels: int, classes: int, zero_init_gamma: bool) -> nn.Seque
     layers: list[nn.Module] = [_conv(channels, 16, 3), BatchNorm(16, relu=True)]
     inputs = 16
     for width, stride in ((16, 1), (32, 2), (64, 2)):
-        layers.append(Block(inputs, ((3, width), (3, width)), stride))
+        layers.append(Block(inputs, ((3, width), (3, width)), stride, fork=width != 64))
         inputs = width
     return _finish(layers, inputs, classes, zero_init_gamma)
 

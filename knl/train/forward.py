@@ -6,8 +6,10 @@ import torch
 from torch import nn
 
 from knl.errors import InputError
+from knl.models.blocked import to_blocked
 
 _LAYOUTS = {
+    "blocked": torch.contiguous_format,
     "contiguous": torch.contiguous_format,
     "channels_last": torch.channels_last,
     "ipex": torch.channels_last,
@@ -18,6 +20,8 @@ def to_layout(model: nn.Module, layout: str) -> nn.Module:
     """The network with its weights in that layout. Raises InputError where IPEX is wanted and is
     not installed."""
     model = model.to(memory_format=_LAYOUTS[layout])  # type: ignore[call-overload]
+    if layout == "blocked":
+        return to_blocked(model)
     return _packed(model) if layout == "ipex" else model
 
 
