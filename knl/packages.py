@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import metadata
 
 IPEX = "intel-extension-for-pytorch"
+ONEDNN = "onednn-cpu-gomp"
 
 
 def version_of(package: str) -> str:

@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 import msgspec
 
-from knl.choices import Choices, allocators, find_library, rule_choices
+from knl.choices import Choices, allocators, find_library, layout_problem, rule_choices
 from knl.cpulist import format_cpulist
+from knl.packages import ONEDNN, version_of
 from knl.placement import Placement, domains, place
 from knl.settings import Setting, Source, settings
 from knl.topology import Topology
@@ -104,6 +105,7 @@ def make_plan(
             *_shared(ranks, choices),
             *_missing(choices, environment),
             *_measured_otherwise(choices),
+            *filter(None, [layout_problem(node, env["KNL_LAYOUT"].value)]),
             *_kept(env),
         ),
     )
@@ -206,6 +208,11 @@ def _missing(choices: Choices, environment: Mapping[str, str]) -> list[str]:
     if choices.allocator == "glibc-heap" and allocators(environment)[-1] == "glibc-heap":
         found.append(
             "neither tcmalloc nor jemalloc is installed: glibc's malloc is told to keep its pages"
+        )
+    if choices.layout != "blocked" and not version_of(ONEDNN):
+        found.append(
+            f"{ONEDNN} is not installed: layout {choices.layout} in place of blocked; "
+            "pip install it again with the stack"
         )
     for library in (choices.allocator, choices.openmp):
         wanted = library in ("tcmalloc", "jemalloc", "libiomp5")

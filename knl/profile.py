@@ -11,17 +11,17 @@ from typing import Literal, Optional
 import msgspec
 
 from knl.bind import cpus_from_launcher
-from knl.choices import Choices, rule_choices
+from knl.choices import Choices, layout_problem, rule_choices
 from knl.comm.world import World
 from knl.config import Recipe
 from knl.errors import InputError
 from knl.files import replace_file
-from knl.packages import IPEX, version_of
+from knl.packages import IPEX, ONEDNN, version_of
 from knl.plan import Plan, crowded_plan, make_plan, plan_by_rule
 from knl.topology import Topology
 
 SCHEMA = 1
-_PACKAGES = ("torch", IPEX, "oneccl-cpu", "oneccl-devel", "impi-rt")
+_PACKAGES = ("torch", IPEX, ONEDNN, "oneccl-cpu", "oneccl-devel", "impi-rt")
 
 
 class Fingerprint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -139,7 +139,10 @@ def profile_folder(environment: Mapping[str, str]) -> Path:
 
 
 def require_fit(profile: Profile, node: Topology, path: Path) -> None:
-    """Raise InputError with both fingerprints when it was measured on something else."""
+    """Raise InputError with both fingerprints when it was measured on something else, or with the
+    reason when its layout wastes this node."""
+    if problem := layout_problem(node, profile.plan.choices.layout):
+        raise InputError(f"profile {path}: {problem}; run knl tune here, or leave --profile out")
     here = fingerprint(node)
     if profile.fingerprint == here:
         return

@@ -21,6 +21,7 @@ from knl.plan import plan_by_rule
 from knl.profile import load_profile, newest_that_fits, require_fit
 from knl.topology import Topology
 from knl.tune.display import words
+from knl.tune.space import canonical
 from knl.tune.trial import Bench, Measured, measure, trial_recipe
 
 ROUNDS, STEPS = 3, 3
@@ -58,7 +59,7 @@ def bench(
     Raises FailedError when knl or the plain script does not train.
     """
     trial = Bench(node, recipe, images, steps, environment)
-    rule = plan_by_rule(node, None if images > 1 else 1, environment).choices
+    rule = _of_recipe(plan_by_rule(node, None if images > 1 else 1, environment).choices, recipe)
     path = profile or newest_that_fits(node, environment)
     tuned = _tuned(node, path, recipe)
     rivals = {"plain": _Rival(lambda: _plain(trial, []), "python script.py")}
@@ -118,13 +119,18 @@ def describe(result: Mapping[str, Any]) -> str:
 
 
 def _tuned(node: Topology, path: Path | None, recipe: Recipe) -> Choices | None:
-    """The profile's choices in the recipe's type of numbers, as `knl train` takes them."""
+    """The profile's choices for this recipe; None where there is no profile."""
     if path is None:
         return None
     profile = load_profile(path)
     require_fit(profile, node, path)
+    return _of_recipe(profile.plan.choices, recipe)
+
+
+def _of_recipe(choices: Choices, recipe: Recipe) -> Choices:
+    """In the recipe's type of numbers, as `knl train` takes them."""
     train = recipe.train
-    return msgspec.structs.replace(profile.plan.choices, dtype=train.dtype, compile=train.compile)
+    return canonical(msgspec.structs.replace(choices, dtype=train.dtype, compile=train.compile))
 
 
 def _launcher() -> list[str]:

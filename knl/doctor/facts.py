@@ -16,6 +16,7 @@ from knl.cpulist import parse_cpulist
 from knl.doctor.stack import Stack, run_probe
 from knl.errors import InputError
 from knl.launch import mpi_environment
+from knl.profile import plan_for
 from knl.sysfs import read_topology
 from knl.topology import Topology
 
@@ -53,7 +54,8 @@ class Facts:
     `fsroot`: where the node was read; "/" is this machine. Stack and folders are always this
     machine's. `memory_limit`: of the control group, in bytes, 0 without one; `governor_driver`:
     the kernel's driver for CPU frequency; `local_ranks`: ranks that share the node, of a launch
-    that this process is part of; `launch_problem`: why that launch cannot work, or "".
+    that this process is part of; `launch_problem`: why that launch cannot work, or ""; `layout`: of
+    the plan that a training would have here, "" where there can be no plan.
     """
 
     fsroot: str
@@ -67,6 +69,7 @@ class Facts:
     shm: Room
     local_ranks: int = 1
     launch_problem: str = ""
+    layout: str = ""
 
     @property
     def is_here(self) -> bool:
@@ -98,7 +101,16 @@ def gather(fsroot: Path, environment: Mapping[str, str]) -> Facts:
         shm=room("/dev/shm"),
         local_ranks=local_ranks,
         launch_problem=launch_problem,
+        layout=_layout_of_plan(node, environment),
     )
+
+
+def _layout_of_plan(node: Topology, environment: Mapping[str, str]) -> str:
+    try:
+        plan, _ = plan_for(node, None, None, environment)
+    except InputError:
+        return ""
+    return plan.env["KNL_LAYOUT"].value
 
 
 def read_policy(fsroot: Path) -> MemoryPolicy:

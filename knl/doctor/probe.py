@@ -33,6 +33,7 @@ def main() -> None:
     parts: dict[str, Callable[[], dict[str, Any]]] = {
         "torch": _torch,
         "convolution": _convolution,
+        "blocked": _blocked,
         "ipex": _ipex,
         "mpi": _mpi,
         "collectives": _collectives,
@@ -65,11 +66,26 @@ def _torch() -> dict[str, Any]:
 
 
 def _convolution() -> dict[str, Any]:
-    """What oneDNN says while a convolution trains, in both memory layouts."""
+    """What oneDNN prints while a convolution trains, in torch's two memory layouts."""
     import torch
 
     layouts = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
     return {name: _verbose_of(_block, layout) for name, layout in layouts.items()}
+
+
+def _blocked() -> dict[str, Any]:
+    """The same in the blocked layout, by the oneDNN that knl brings for it."""
+    from torch import nn
+
+    from knl.models import blocked, onednn
+    from knl.models.norm import BatchNorm
+
+    def build() -> Any:
+        convolution = nn.Conv2d(_CHANNELS, _CHANNELS, 3, padding=1, bias=False)
+        layers = convolution, BatchNorm(_CHANNELS, relu=True), nn.AdaptiveAvgPool2d(1)
+        return blocked.to_blocked(nn.Sequential(*layers))
+
+    return {"blocked": _verbose_of(build, None, lambda x: blocked.blocked(x, onednn.block()))}
 
 
 def _ipex() -> dict[str, Any]:
@@ -100,16 +116,20 @@ def _block() -> Any:
     )
 
 
-def _verbose_of(build: Callable[[], Any], layout: Any) -> list[str]:
-    """The lines that oneDNN prints while a model is built and trains for a step."""
+def _verbose_of(
+    build: Callable[[], Any], layout: Any, arrange: Callable[[Any], Any] | None = None
+) -> list[str]:
+    """The lines that oneDNN prints while a model is built and trains for a step. `layout`: one of
+    torch's memory formats; else `arrange` gives the images theirs."""
     import torch
 
-    pictures = torch.randn(_BATCH, _CHANNELS, _SIZE, _SIZE).to(memory_format=layout)
-    pictures.requires_grad_()
+    images = torch.randn(_BATCH, _CHANNELS, _SIZE, _SIZE)
+    images = arrange(images) if arrange else images.to(memory_format=layout)
+    images.requires_grad_()
     with tempfile.TemporaryFile() as printed:
         with native.stdout_to(printed.fileno()):
-            model = build().to(memory_format=layout)
-            scores = model(pictures).mean((2, 3))
+            model = build() if arrange else build().to(memory_format=layout)
+            scores = model(images).mean((2, 3))
             torch.nn.functional.cross_entropy(scores, torch.arange(_BATCH)).backward()
         printed.seek(0)
         lines = printed.read().decode(errors="replace").splitlines()

@@ -15,7 +15,7 @@ PROBE = (sys.executable, "-m", "knl.doctor.probe")
 # The first import of torch from a cold Lustre takes minutes on a KNL.
 _LIMIT_S = 300.0
 # What the probe calls them, and what they are.
-_LAYOUTS = ("contiguous", "channels_last", "ipex_optimized")
+_LAYOUTS = ("contiguous", "channels_last", "blocked", "ipex_optimized")
 _DIRECTIONS = {
     "forward_training": "forward",
     "forward_inference": "forward",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from knl.choices import layout_problem
 from knl.doctor.facts import Facts
 from knl.doctor.finding import Finding
 from knl.doctor.stack import isa_level
@@ -50,22 +51,38 @@ def check_torch(facts: Facts) -> Finding | None:
 
 
 def check_knl_torch(facts: Facts) -> Finding | None:
-    """From 1.12 on torch's oneDNN has lost the code for KNL."""
+    """From 1.12 on torch's oneDNN has lost the code for KNL; that of the blocked layout has it."""
     if not facts.node.is_knl or facts.stack.torch_release < (1, 12):
         return None
-    return Finding(
-        "knl-avx2-convolutions",
-        "slow",
+    message = (
         f"torch {facts.stack.torch} runs convolutions as AVX2 on a {facts.node.uarch}, at about "
-        "half the speed",
-        _KNL_STACK,
+        "half the speed"
     )
+    if facts.layout == "blocked":
+        message += "; knl's own are not torch's, but other programs' are"
+        return Finding("knl-avx2-convolutions", "note", message, _KNL_STACK)
+    return Finding("knl-avx2-convolutions", "slow", message, _KNL_STACK)
+
+
+def check_layout(facts: Facts) -> Finding | None:
+    """The plan's layout has no AVX-512 kernels on this node, or does not run at all."""
+    if problem := layout_problem(facts.node, facts.layout):
+        cure = "unset KNL_LAYOUT, and run knl tune here in place of the profile"
+        return Finding("layout-avx2", "slow", f"the plan's {problem}", cure)
+    why = facts.stack.problems.get("blocked")
+    if why is None or "torch" in facts.stack.problems or facts.layout != "blocked":
+        return None
+    cure = "pip install onednn-cpu-gomp==2022.0.2, a part of both stacks"
+    message = f"the plan's layout, blocked, does not run: {why}"
+    return Finding("layout-broken", "broken", message, cure)
 
 
 def check_isa(facts: Facts) -> Finding | None:
-    """The convolutions that ran used less than this CPU has."""
-    ran = facts.stack.convolutions
-    if not facts.is_here or check_knl_torch(facts) or not facts.stack.torch:
+    """The plan's convolutions used less than this CPU has."""
+    own = {"ipex": "ipex_optimized"}.get(facts.layout, facts.layout)
+    ran = [c for c in facts.stack.convolutions if c.layout == own or not own]
+    lost = facts.node.is_knl and facts.stack.torch_release >= (1, 12) and own != "blocked"
+    if not facts.is_here or lost or not facts.stack.torch or check_layout(facts):
         return None
     if not ran:
         if facts.stack.failure or facts.stack.problems.get("convolution"):
@@ -238,6 +255,7 @@ CHECKS = (
     check_probe,
     check_torch,
     check_knl_torch,
+    check_layout,
     check_isa,
     check_aten,
     check_openmp,

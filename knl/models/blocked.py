@@ -18,6 +18,7 @@ from knl.errors import InputError
 from knl.models import onednn
 from knl.models.norm import BatchNorm
 from knl.models.onednn import BACKWARD_DATA, BACKWARD_WEIGHTS, FORWARD, INFERENCE, Shape
+from knl.models.resnet import Block
 
 _Pair = Union[int, "tuple[int, int]"]
 
@@ -30,7 +31,7 @@ def to_blocked(model: nn.Module) -> nn.Module:
     for name, module in model.named_children():
         _adopt(model, name, module)
     if isinstance(model, nn.Sequential):
-        _fuse_relu(model)
+        _fuse(model)
     return model
 
 
@@ -233,13 +234,16 @@ def _refused(module: nn.Module) -> str:
     return ""
 
 
-def _fuse_relu(model: nn.Sequential) -> None:
-    """Let a convolution compute the ReLU that follows it."""
+def _fuse(model: nn.Sequential) -> None:
+    """Let a convolution compute the ReLU that follows it, and a residual block add up the gradients
+    that come back from both branches of the next one."""
     for number in range(len(model) - 1):
-        first = model[number]
-        if isinstance(first, Convolution) and type(model[number + 1]) is nn.ReLU:
+        first, second = model[number], model[number + 1]
+        if isinstance(first, Convolution) and type(second) is nn.ReLU:
             first.relu = True
             model[number + 1] = nn.Identity()
+        if isinstance(first, Block) and isinstance(second, Block):
+            first.fork = True
 
 
 _REPLACEMENTS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {

@@ -19,14 +19,12 @@ def _conv(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Conv2d:
 class Block(nn.Module):
     """Convolutions with BatchNorm and ReLU, added to the input, or to a projection of it where the
     shape changes. `body`: (kernel size, width) of each convolution; the first 3x3 has the stride,
-    which for a bottleneck is the variant v1.5. `fork`: the output is a pair of the same tensor, for
-    the two branches of the next block."""
+    which for a bottleneck is the variant v1.5. Where `fork` is set, the output is a pair of the
+    same tensor, for the two branches of the next block (BatchNorm.fork)."""
 
-    def __init__(
-        self, inputs: int, body: Sequence[tuple[int, int]], stride: int, fork: bool = False
-    ) -> None:
+    def __init__(self, inputs: int, body: Sequence[tuple[int, int]], stride: int) -> None:
         super().__init__()
-        self.fork = fork
+        self.fork = False
         layers: list[nn.Module] = []
         width, left = inputs, stride
         for size, outputs in body:
@@ -58,8 +56,7 @@ def resnet50(channels: int, classes: int, zero_init_gamma: bool) -> nn.Sequentia
     for width, blocks, stride in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
         for number in range(blocks):
             body = ((1, width), (3, width), (1, 4 * width))
-            is_last = (width, number) == (512, blocks - 1)
-            layers.append(Block(inputs, body, stride if number == 0 else 1, fork=not is_last))
+            layers.append(Block(inputs, body, stride if number == 0 else 1))
             inputs = 4 * width
     return _finish(layers, inputs, classes, zero_init_gamma)
 
@@ -69,7 +66,7 @@ def resnet_small(channels: int, classes: int, zero_init_gamma: bool) -> nn.Seque
     layers: list[nn.Module] = [_conv(channels, 16, 3), BatchNorm(16, relu=True)]
     inputs = 16
     for width, stride in ((16, 1), (32, 2), (64, 2)):
-        layers.append(Block(inputs, ((3, width), (3, width)), stride, fork=width != 64))
+        layers.append(Block(inputs, ((3, width), (3, width)), stride))
         inputs = width
     return _finish(layers, inputs, classes, zero_init_gamma)
 

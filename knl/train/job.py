@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 
 from knl.bind import PLAN, on_loader_cpus
+from knl.choices import layout_problem, rule_layout
 from knl.comm.bootstrap import Bootstrap, together
 from knl.comm.collectives import Ranks, open_ranks
 from knl.comm.world import World
@@ -23,6 +24,7 @@ from knl.config import Recipe, load_recipe, require_ranks_fit
 from knl.data.dataset import open_dataset
 from knl.data.packed import PackedDataset
 from knl.errors import CollectiveTimeoutError, FailedError, InputError, KnlError, say
+from knl.sysfs import read_topology
 from knl.train.checkpoint import Checkpoint, State
 from knl.train.loop import Keeper, Outcome, Progress, Run
 from knl.train.metrics import environment_of
@@ -232,14 +234,26 @@ def _load(name: str, overrides: Sequence[str], size: int) -> Recipe:
 
 def resolved(recipe: Recipe) -> Recipe:
     """With what the plan says where the recipe leaves it open. Raises InputError for a wrong
-    KNL_BUCKET_MB."""
+    KNL_BUCKET_MB, and for a layout that the recipe's numbers or torch.compile cannot take."""
     train, comm = recipe.train, recipe.comm
+    why_not = layout_refusal(recipe)
     if train.layout == "auto":
-        layout = os.environ.get("KNL_LAYOUT", "channels_last")
+        layout = os.environ.get("KNL_LAYOUT", rule_layout(is_knl=False))
+        if layout == "blocked" and why_not:
+            layout = "channels_last"
         train = msgspec.structs.replace(train, layout=layout)
+    elif train.layout == "blocked" and why_not:
+        raise InputError(f"train.layout = 'blocked': {why_not}; use 'auto' or 'channels_last'")
     if comm.bucket_mb == "auto":
         comm = msgspec.structs.replace(comm, bucket_mb=bucket_mb_of_plan())
     return msgspec.structs.replace(recipe, train=train, comm=comm)
+
+
+def layout_refusal(recipe: Recipe) -> str:
+    """Why a recipe's network cannot be in the blocked layout; "" where it can."""
+    if recipe.train.dtype == "bf16":
+        return "is float32 alone (train.dtype = 'bf16')"
+    return "torch.compile does not take (train.compile = true)" if recipe.train.compile else ""
 
 
 def bucket_mb_of_plan() -> float:
@@ -277,6 +291,11 @@ def _introduce(console: Console, trainer: Trainer, progress: Progress) -> None:
         f"{trainer.total_steps} steps; {trainer.ranks.describe()}",
     )
     tell(console, os.environ.get(PLAN, "no plan: not bound, as it came"))
+    why_not = layout_refusal(recipe)
+    if why_not and os.environ.get("KNL_LAYOUT") == "blocked":
+        tell(console, f"layout {recipe.train.layout} in place of the plan's: blocked {why_not}")
+    if problem := layout_problem(read_topology(Path("/")), recipe.train.layout):
+        tell(console, f"{problem}; leave train.layout = 'auto'")
     if progress.step:
         tell(
             console,

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from knl.choices import Choices, allocators, find_library, has_ipex
+from knl.choices import Choices, allocators, find_library, layouts
 from knl.errors import InputError
 from knl.placement import domains, place
 from knl.topology import Topology
@@ -29,7 +29,7 @@ def space(
     ranks = {n for n in (1, 2, 4, domains(node)) if n <= cores and images % n == 0}
     has_iomp = bool(find_library("libiomp5", environment))
     found: Space = {
-        "layout": ("channels_last", "contiguous", *(["ipex"] if has_ipex() else [])),
+        "layout": tuple(layouts(node)),
         "allocator": tuple(allocators(environment)),
         "ranks_per_node": tuple(sorted(ranks)),
         "hugepages": (False, True) if node.hugepages == "madvise" else (False,),
@@ -68,6 +68,8 @@ def canonical(choices: Choices) -> Choices:
         same.update(comm_workers=None, allreduce="", bucket_mb=16.0)
     if choices.openmp == "libgomp" and choices.blocktime_ms != 0:  # it knows "passive" alone
         same.update(blocktime_ms=200)
+    if choices.layout == "blocked" and (choices.dtype == "bf16" or choices.compile):
+        same.update(layout="channels_last")  # blocked kernels are float32, and not compiled
     return msgspec.structs.replace(choices, **same)
 
 

@@ -117,6 +117,7 @@ def test_this_machine_s_convolutions_use_what_its_cpu_has_and_the_stack_is_whole
     layouts = [
         "contiguous",
         "channels_last",
+        "blocked",
         *(["ipex_optimized"] if found["stack"]["ipex"] else []),
     ]
     directions = ("forward", "backward_data", "backward_weights")
