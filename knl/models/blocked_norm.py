@@ -38,6 +38,10 @@ class BlockedNorm(torch.autograd.Function):
         running_var: torch.Tensor,
         how: How,
     ) -> tuple[torch.Tensor, ...]:
+        if x.numel() == weight.numel():
+            raise ValueError(
+                f"one value a channel has no variance: {list(x.shape)}"
+            )  # as torch does
         x = x.contiguous()
         affine = x.new_empty(4, weight.numel())
         _kernels().knl_norm_blocked_statistics(

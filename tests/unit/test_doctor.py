@@ -22,14 +22,17 @@ KNL_STACK = Stack(
     mpi="Intel(R) MPI Library 2021.8 for Linux* OS",
     providers=PROVIDERS,
     collectives={"oneccl": "", "mpi": "", "gloo": ""},
-    convolutions=(Convolution("contiguous", "forward", "jit:avx512_common", "avx512_common"),),
+    convolutions=(
+        Convolution("blocked", "forward", "jit:avx512_common", "avx512_common"),
+        Convolution("channels_last", "forward", "jit:avx2", "avx2"),
+    ),
     openmp=("/torch/lib/libgomp-a34b3233.so.1",),
 )
 MODERN = replace(KNL_STACK, torch="2.13.0+cpu")
 FLAT_POLICY = MemoryPolicy("default", (), (0, 1))
 NO_IPEX = "ModuleNotFoundError: No module named 'intel_extension_for_pytorch'"
 GOMPS = (*KNL_STACK.openmp, "/usr/lib/libgomp.so.1.0.0")
-SSE = (Convolution("contiguous", "backward_data", "x64:gemm:jit", ""),)
+SSE = (Convolution("blocked", "backward_data", "x64:gemm:jit", ""),)
 
 
 @cache
@@ -51,6 +54,7 @@ def facts(tree="quadrant-cache", stack=KNL_STACK, node=(), **changes) -> Facts:
         governor_driver="",
         tmp=Room("/tmp", 100 * GB),
         shm=Room("/dev/shm", 40 * GB),
+        layout="blocked",
     )
     return replace(healthy, **changes)
 
@@ -74,14 +78,25 @@ SITUATIONS = [
     ("probe", stack(problems={"convolution": "RuntimeError: could not create a primitive"}),
      "broken", "fails at convolution: RuntimeError"),
     ("torch", stack(problems={"torch": "No module named 'torch'"}), "broken", "pip install"),
-    ("knl_torch", {"stack": MODERN}, "slow", "torch 2.13.0+cpu runs convolutions as AVX2 on a knl"),
-    ("knl_torch", {"stack": replace(MODERN, torch="1.12.0")}, "slow", ".[knl]"),
-    ("knl_torch", {"stack": MODERN, "tree": "knm"}, "slow", "on a knm"),
+    ("knl_torch", {"stack": MODERN, "layout": "contiguous"}, "slow",
+     "torch 2.13.0+cpu runs convolutions as AVX2 on a knl"),
+    ("knl_torch", {"stack": replace(MODERN, torch="1.12.0"), "layout": "contiguous"}, "slow",
+     ".[knl]"),
+    ("knl_torch", {"stack": MODERN, "tree": "knm", "layout": "contiguous"}, "slow", "on a knm"),
+    ("knl_torch", {"stack": MODERN}, "note", "knl's own are not torch's"),
     ("knl_torch", {"stack": MODERN, "tree": "skx-alternating"}, "", ""),
     ("knl_torch", {}, "", ""),
+    ("layout", {}, "", ""),
+    ("layout", {"layout": "channels_last"}, "slow", "'channels_last' runs convolutions as AVX2"),
+    ("layout", {"layout": "ipex"}, "slow", "unset KNL_LAYOUT"),
+    ("layout", {"layout": "channels_last", "tree": "skx-alternating"}, "", ""),
+    ("layout", {"layout": "channels_last", "fsroot": "/elsewhere"}, "slow", "as AVX2"),
+    ("layout", stack(problems={"blocked": "InputError: no oneDNN"}), "broken", "onednn-cpu-gomp"),
     ("isa", {}, "", ""),
-    ("isa", stack(convolutions=convolutions("contiguous", ["x,exec,cpu,convolution,jit:avx2,y"])),
-     "slow", "below this CPU's AVX-512: contiguous y jit:avx2"),
+    ("isa", stack(convolutions=convolutions("blocked", ["x,exec,cpu,convolution,jit:avx2,y"])),
+     "slow", "below this CPU's AVX-512: blocked y jit:avx2"),
+    ("isa", {"layout": "contiguous", **stack(convolutions=convolutions(
+        "contiguous", ["x,exec,cpu,convolution,jit:avx2,y"]))}, "slow", "contiguous y jit:avx2"),
     ("isa", {**stack(convolutions=SSE), **env(ONEDNN_MAX_CPU_ISA="SSE41")}, "slow",
      "unset ONEDNN_MAX_CPU_ISA"),
     ("isa", stack(convolutions=()), "slow", "without oneDNN"),
