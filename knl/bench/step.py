@@ -113,7 +113,11 @@ def describe(result: Mapping[str, Any]) -> str:
         "a step of knl's: "
         + ", ".join(f"{n[:-2]} {1e3 * s:.0f} ms ({s / whole:.1%})" for n, s in parts.items())
     )
-    lines.append(f"in convolutions, the limit: {result['conv_share']:.1%} of its CPU time")
+    conv, linear = result["conv_share"], result["linear_share"]
+    lines.append(
+        f"of its CPU time in the limit: {conv + linear:.1%} (convolutions {conv:.1%}, fully "
+        f"connected layers {linear:.1%})"
+    )
     lines += [f"  {op['share']:6.1%}  {op['name']}" for op in result["ops"]]
     return "\n".join(lines)
 

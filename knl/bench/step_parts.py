@@ -1,8 +1,9 @@
 """The parts of a training step: `python -m knl.bench.step_parts WANTED`, as ranks under a plan.
 
 WANTED is JSON: {"recipe": path, "steps": how many after one that warms up}. Rank 0 tells the
-"breakdown" (median seconds of forward, backward, sync, lars, data), the "conv_share" of the step's
-CPU time that torch's profiler finds in convolutions, and "ops": the largest shares.
+"breakdown" (median seconds of forward, backward, sync, lars, data), the "conv_share" and the
+"linear_share" of the step's CPU time that torch's profiler finds in convolutions and in fully
+connected layers, and "ops": the largest shares.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from knl.data.dataset import open_dataset
 from knl.train.trainer import Trainer, set_interop_threads
 
 _SHOWN = 10
+# Matrix products, as torch and IPEX name them; a network has them in fully connected layers alone.
+_LINEAR = ("aten::mm", "aten::addmm", "aten::mkl_linear", "aten::mkldnn_linear", "ipex_linear")
 
 
 def _measure(wanted: dict[str, Any]) -> dict[str, Any] | None:
@@ -32,8 +35,10 @@ def _measure(wanted: dict[str, Any]) -> dict[str, Any] | None:
     ranks = open_ranks(world, bootstrap, "auto", recipe.comm.timeout_s)
     trainer = Trainer(recipe, open_dataset(recipe.data, recipe.train.seed), ranks)
     steps = [trainer.step(number) for number in range(wanted["steps"] + 1)][1:]
-    with profile(activities=[ProfilerActivity.CPU]) as profiled:
-        trainer.step(len(steps) + 1)
+    # Twice: the profiler's own memory makes the first step that it sees touch new pages.
+    for number in (1, 2):
+        with profile(activities=[ProfilerActivity.CPU]) as profiled:
+            trainer.step(len(steps) + number)
     ranks.collectives.close()
     if world.rank != 0:
         return None
@@ -48,8 +53,9 @@ def _measure(wanted: dict[str, Any]) -> dict[str, Any] | None:
             "lars_s": median(s.t_optim for s in steps),
             "data_s": median(s.t_data for s in steps),
         },
-        # aten::convolution_backward, aten::mkldnn_convolution, torch_ipex::convolution_forward, ...
+        # _Convolution, aten::convolution_backward, torch_ipex::convolution_forward, ...
         "conv_share": sum(t for name, t in taken.items() if "onvolution" in name) / whole,
+        "linear_share": sum(t for name, t in taken.items() if name.endswith(_LINEAR)) / whole,
         "ops": [{"name": name, "share": t / whole} for name, t in largest],
     }
 
