@@ -48,9 +48,11 @@ class BlockedNorm(torch.autograd.Function):
             x.data_ptr(), *_sizes(x), weight.data_ptr(), bias.data_ptr(), how.eps, how.momentum,
             running_mean.data_ptr(), running_var.data_ptr(), affine.data_ptr(),
         )  # fmt: skip
-        y = _applied(x, residual, affine[2], affine[3], how.relu)
-        needs_output = how.relu and residual is not None
-        ctx.save_for_backward(x, weight, affine, y if needs_output else None)
+        signs = None
+        if how.relu and residual is not None:
+            signs = torch.empty(_kernels().knl_norm_blocked_signs(*_sizes(x)), dtype=torch.int32)
+        y = _applied(x, residual, affine[2], affine[3], how.relu, signs)
+        ctx.save_for_backward(x, weight, affine, signs)
         ctx.relu, ctx.adds = how.relu, residual is not None
         return (y, y.detach()) if how.fork else (y,)
 
@@ -58,13 +60,13 @@ class BlockedNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        x, weight, affine, y = ctx.saved_tensors
+        x, weight, affine, signs = ctx.saved_tensors
         given = [gradient.contiguous() for gradient in gradients if gradient is not None]
         dy, more = given[0], given[1] if len(given) > 1 else None
-        through = torch.empty_like(x) if y is not None or more is not None else None
+        through = torch.empty_like(x) if signs is not None or more is not None else None
         dx, dweight, dbias = (torch.empty_like(tensor) for tensor in (x, weight, weight))
         _kernels().knl_norm_blocked_backward(
-            dy.data_ptr(), _pointer(more), x.data_ptr(), _pointer(y), *_sizes(x),
+            dy.data_ptr(), _pointer(more), x.data_ptr(), _pointer(signs), *_sizes(x),
             affine.data_ptr(), weight.data_ptr(), ctx.relu, _pointer(through), dx.data_ptr(),
             dweight.data_ptr(), dbias.data_ptr(),
         )  # fmt: skip
@@ -93,12 +95,13 @@ def _applied(
     scale: torch.Tensor,
     shift: torch.Tensor,
     relu: bool,
+    signs: torch.Tensor | None = None,
 ) -> torch.Tensor:
     y = torch.empty_like(x)
     added = None if residual is None else residual.contiguous()
     _kernels().knl_norm_blocked_apply(
         x.data_ptr(), _pointer(added), y.data_ptr(), *_sizes(x),
-        scale.data_ptr(), shift.data_ptr(), relu,
+        scale.data_ptr(), shift.data_ptr(), relu, _pointer(signs),
     )  # fmt: skip
     return y
 
@@ -121,10 +124,14 @@ def _kernels() -> ctypes.CDLL:
     kernels.knl_norm_blocked_statistics.argtypes = [
         pointer, *sizes, pointer, pointer, real, real, *[pointer] * 3,
     ]  # fmt: skip
-    kernels.knl_norm_blocked_apply.argtypes = [*[pointer] * 3, *sizes, pointer, pointer, flag]
+    kernels.knl_norm_blocked_apply.argtypes = [
+        *[pointer] * 3, *sizes, pointer, pointer, flag, pointer,
+    ]  # fmt: skip
     kernels.knl_norm_blocked_backward.argtypes = [
         *[pointer] * 4, *sizes, pointer, pointer, flag, *[pointer] * 4,
     ]  # fmt: skip
     for name in ("statistics", "apply", "backward"):
         getattr(kernels, f"knl_norm_blocked_{name}").restype = None
+    kernels.knl_norm_blocked_signs.argtypes = sizes
+    kernels.knl_norm_blocked_signs.restype = size
     return kernels

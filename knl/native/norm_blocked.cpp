@@ -22,6 +22,7 @@ namespace {
 
 constexpr int kMost = 16;         // channels of a block, at most
 constexpr int64_t kChunk = 128;   // pixels that stay in the L1 cache and are added in float
+constexpr int64_t kSigns = 32;    // pixels whose signs make up a word of each channel
 constexpr int kChains = 4;        // independent sums, to hide the latency of an addition
 constexpr int64_t kAhead = 512;   // floats
 // From so many floats on an output is written past the caches: it would not stay there, and a line
@@ -31,16 +32,19 @@ constexpr int64_t kStreamFrom = 1 << 20;
 template <int block>
 struct Vector {
     typedef float Floats __attribute__((vector_size(block * 4), aligned(4), may_alias));
-    typedef int32_t Bits __attribute__((vector_size(block * 4)));
+    typedef int32_t Bits __attribute__((vector_size(block * 4), aligned(4), may_alias));
 };
 template <int block>
 using Floats = typename Vector<block>::Floats;
+template <int block>
+using Bits = typename Vector<block>::Bits;
 
 struct Shape {
     int64_t samples, blocks, pixels;
     int block;
     int64_t planes() const { return samples * blocks; }
     int64_t plane_floats() const { return pixels * block; }
+    int64_t plane_signs() const { return (pixels + kSigns - 1) / kSigns * block; }
     int64_t channel_of(int64_t plane) const { return plane % blocks * block; }
 };
 
@@ -60,12 +64,15 @@ KNL_INLINE void store(float* to, Floats<block> value) {
     for (int k = 0; k < block; k += 4) _mm_stream_ps(to + k, _mm_load_ps(line + k));
 }
 
-// Zero where `test` is not above zero; nan counts as above.
+// All bits of the channels that a ReLU lets pass; nan counts as above zero.
 template <int block>
-KNL_INLINE Floats<block> where_positive(Floats<block> test, Floats<block> value) {
-    typedef typename Vector<block>::Bits Bits;
-    const Bits keep = ~reinterpret_cast<Bits>(test <= Floats<block>{});
-    return reinterpret_cast<Floats<block>>(reinterpret_cast<Bits>(value) & keep);
+KNL_INLINE Bits<block> passes(Floats<block> value) {
+    return ~reinterpret_cast<Bits<block>>(value <= Floats<block>{});
+}
+
+template <int block>
+KNL_INLINE Floats<block> masked(Floats<block> value, Bits<block> keep) {
+    return reinterpret_cast<Floats<block>>(reinterpret_cast<Bits<block>>(value) & keep);
 }
 
 template <int block>
@@ -131,23 +138,31 @@ KNL_MULTIVERSION void moments_of(const Shape& s, const float* x, int64_t plane, 
         moments<8>(x, s.pixels, out);
 }
 
-// Of one plane; `add` may be null. `scale`, `shift`: of its channels.
+// Of one plane; `add` may be null, and so may `signs`: for each channel a word of kSigns pixels, with
+// a bit set where the ReLU lets the output pass. `scale`, `shift`: of its channels.
 struct Forward {
     const float *x, *add, *scale, *shift;
     float* y;
+    int32_t* signs;
     bool relu;
 };
 
 template <int block, bool stream, bool add>
 KNL_INLINE void normalise(const Forward& f, int64_t pixels) {
     const Floats<block> scale = load<block>(f.scale), shift = load<block>(f.shift);
-    for (int64_t at = 0; at < pixels * block; at += block) {
-        __builtin_prefetch(f.x + at + kAhead);
-        if (add) __builtin_prefetch(f.add + at + kAhead);
-        Floats<block> value = load<block>(f.x + at) * scale + shift;
-        if (add) value += load<block>(f.add + at);
-        if (f.relu) value = where_positive<block>(value, value);
-        store<block, stream>(f.y + at, value);
+    for (int64_t begin = 0; begin < pixels; begin += kSigns) {
+        const int64_t end = std::min(begin + kSigns, pixels);
+        Bits<block> word{}, bit = Bits<block>{} + 1;
+        for (int64_t at = begin * block; at < end * block; at += block, bit += bit) {
+            __builtin_prefetch(f.x + at + kAhead);
+            if (add) __builtin_prefetch(f.add + at + kAhead);
+            Floats<block> value = load<block>(f.x + at) * scale + shift;
+            if (add) value += load<block>(f.add + at);
+            const Bits<block> keep = passes<block>(value);
+            word |= keep & bit;
+            store<block, stream>(f.y + at, f.relu ? masked<block>(value, keep) : value);
+        }
+        if (f.signs) *reinterpret_cast<Bits<block>*>(f.signs + begin / kSigns * block) = word;
     }
     if (stream) _mm_sfence();
 }
@@ -164,14 +179,16 @@ KNL_MULTIVERSION void normalise_plane(const Shape& s, const Forward& f, bool str
     s.block == 16 ? normalise<16>(f, s.pixels, stream) : normalise<8>(f, s.pixels, stream);
 }
 
-// How backward learns where a ReLU was zero: from the output where there is a residual sum, else
-// from the input, which it reads anyway.
-enum Relu { kNone, kFromInput, kFromOutput };
+// How backward learns where a ReLU was zero: from forward's signs where there is a residual sum,
+// else from the input, which it reads anyway.
+enum Relu { kNone, kFromInput, kFromSigns };
 
-// Of one plane. `more`: a second gradient of the output, or null. With kFromOutput the gradient that
-// has passed the ReLU is written to `through` and read again from there.
+// Of one plane. `more`: a second gradient of the output, or null. With kFromSigns or `more` the
+// gradient that has passed the ReLU is written to `through` and read again from there.
 struct Backward {
-    const float *dy, *more, *x, *y, *scale, *shift, *mean;
+    const float *dy, *more, *x;
+    const int32_t* signs;
+    const float *scale, *shift, *mean;
     float *through, *dx;
 };
 
@@ -180,12 +197,16 @@ struct Sums {
 };
 
 template <int block, Relu relu, bool more>
-KNL_INLINE Floats<block> gradient_at(const Backward& b, int64_t at, Floats<block> x,
+KNL_INLINE Floats<block> gradient_at(const Backward& b, int64_t pixel, Floats<block> x,
                                      Floats<block> scale, Floats<block> shift) {
-    Floats<block> g = load<block>(b.dy + at);
-    if (more) g += load<block>(b.more + at);
-    if (relu == kFromInput) g = where_positive<block>(x * scale + shift, g);
-    if (relu == kFromOutput) g = where_positive<block>(load<block>(b.y + at), g);
+    Floats<block> g = load<block>(b.dy + pixel * block);
+    if (more) g += load<block>(b.more + pixel * block);
+    if (relu == kFromInput) g = masked<block>(g, passes<block>(x * scale + shift));
+    if (relu == kFromSigns) {
+        const auto* words = reinterpret_cast<const Bits<block>*>(b.signs + pixel / kSigns * block);
+        const int32_t bit = static_cast<int32_t>(1u << (pixel % kSigns));
+        g = masked<block>(g, (*words & bit) != Bits<block>{});
+    }
     return g;
 }
 
@@ -202,10 +223,9 @@ KNL_INLINE void reduce(const Backward& b, int64_t pixels, Sums& out) {
             __builtin_prefetch(b.dy + at + kAhead);
             __builtin_prefetch(b.x + at + kAhead);
             if (more) __builtin_prefetch(b.more + at + kAhead);
-            if (relu == kFromOutput) __builtin_prefetch(b.y + at + kAhead);
             const Floats<block> x = load<block>(b.x + at);
-            const Floats<block> g = gradient_at<block, relu, more>(b, at, x, scale, shift);
-            if (relu == kFromOutput || more) store<block, stream>(b.through + at, g);
+            const Floats<block> g = gradient_at<block, relu, more>(b, p, x, scale, shift);
+            if (relu == kFromSigns || more) store<block, stream>(b.through + at, g);
             gradients[k] += g;
             products[k] += g * (x - mean);
         };
@@ -233,7 +253,7 @@ template <int block>
 KNL_INLINE void reduce(Relu relu, const Backward& b, int64_t pixels, bool stream, Sums& out) {
     if (relu == kNone) reduce<block, kNone>(b, pixels, stream, out);
     if (relu == kFromInput) reduce<block, kFromInput>(b, pixels, stream, out);
-    if (relu == kFromOutput) reduce<block, kFromOutput>(b, pixels, stream, out);
+    if (relu == kFromSigns) reduce<block, kFromSigns>(b, pixels, stream, out);
 }
 
 KNL_MULTIVERSION void reduce_plane(const Shape& s, Relu relu, const Backward& b, bool stream,
@@ -249,11 +269,12 @@ KNL_INLINE void spread(const Backward& b, const float* pa, const float* pb, cons
     const Floats<block> scale = load<block>(b.scale), shift = load<block>(b.shift);
     const Floats<block> mean = load<block>(b.mean), a = load<block>(pa), slope = load<block>(pb);
     const Floats<block> d = load<block>(pd);
-    for (int64_t at = 0; at < pixels * block; at += block) {
+    for (int64_t p = 0; p < pixels; ++p) {
+        const int64_t at = p * block;
         __builtin_prefetch(b.dy + at + kAhead);
         __builtin_prefetch(b.x + at + kAhead);
         const Floats<block> x = load<block>(b.x + at);
-        const Floats<block> g = gradient_at<block, relu, false>(b, at, x, scale, shift);
+        const Floats<block> g = gradient_at<block, relu, false>(b, p, x, scale, shift);
         store<block, stream>(b.dx + at, a * g + slope * (x - mean) + d);
     }
     if (stream) _mm_sfence();
@@ -283,7 +304,10 @@ bool streams(const Shape& s, const float* out) {
            reinterpret_cast<uintptr_t>(out) % (4 * sizeof(float)) == 0;
 }
 
-const float* moved(const float* from, int64_t floats) { return from ? from + floats : nullptr; }
+template <typename Number>
+Number* moved(Number* from, int64_t count) {
+    return from ? from + count : nullptr;
+}
 
 }  // namespace
 
@@ -325,32 +349,42 @@ KNL_API void knl_norm_blocked_statistics(const float* x, int64_t samples, int64_
     }
 }
 
-// y = scale x + shift, by channel, plus `add` where it is not null, then ReLU where wanted.
+// Words of `signs` for knl_norm_blocked_apply.
+KNL_API int64_t knl_norm_blocked_signs(int64_t samples, int64_t blocks, int64_t pixels,
+                                       int64_t block) {
+    const Shape s{samples, blocks, pixels, static_cast<int>(block)};
+    return s.planes() * s.plane_signs();
+}
+
+// y = scale x + shift, by channel, plus `add` where it is not null, then ReLU where wanted. `signs`:
+// where the ReLU let the output pass, for backward; or null.
 KNL_API void knl_norm_blocked_apply(const float* x, const float* add, float* y, int64_t samples,
                                     int64_t blocks, int64_t pixels, int64_t block,
-                                    const float* scale, const float* shift, int relu) {
+                                    const float* scale, const float* shift, int relu,
+                                    int32_t* signs) {
     const Shape s{samples, blocks, pixels, static_cast<int>(block)};
     const bool stream = streams(s, y);
 #pragma omp parallel for schedule(static)
     for (int64_t plane = 0; plane < s.planes(); ++plane) {
         const int64_t at = plane * s.plane_floats(), c = s.channel_of(plane);
-        normalise_plane(s, {x + at, moved(add, at), scale + c, shift + c, y + at, relu != 0},
-                        stream);
+        const Forward f{x + at, moved(add, at), scale + c, shift + c, y + at,
+                        moved(signs, plane * s.plane_signs()), relu != 0};
+        normalise_plane(s, f, stream);
     }
 }
 
 // The gradients of x, weight and bias. `dy`, `more` (or null): gradients of the output, which count
-// together. `y`: the output, where a residual was added before a ReLU, else null. `through`: the
-// gradient that has passed the ReLU, the residual's, written where there is a `y` or a `more`.
+// together. `signs`: forward's, where a residual was added before a ReLU, else null. `through`: the
+// gradient that has passed the ReLU, the residual's, written where there are `signs` or a `more`.
 KNL_API void knl_norm_blocked_backward(const float* dy, const float* more, const float* x,
-                                       const float* y, int64_t samples, int64_t blocks,
+                                       const int32_t* signs, int64_t samples, int64_t blocks,
                                        int64_t pixels, int64_t block, const float* affine,
                                        const float* weight, int relu, float* through, float* dx,
                                        float* dweight, float* dbias) {
     const Shape s{samples, blocks, pixels, static_cast<int>(block)};
     const int64_t channels = blocks * block;
     const double count = static_cast<double>(samples * pixels);
-    const Relu kind = !relu ? kNone : y ? kFromOutput : kFromInput;
+    const Relu kind = !relu ? kNone : signs ? kFromSigns : kFromInput;
     const float *mean = affine, *inverse = mean + channels, *scale = inverse + channels;
     const float* shift = scale + channels;
     std::vector<Sums> partial(s.planes());
@@ -360,9 +394,11 @@ KNL_API void knl_norm_blocked_backward(const float* dy, const float* more, const
     for (int64_t n = 0; n < s.planes(); ++n) {
         const int64_t plane = s.planes() - 1 - n;
         const int64_t at = plane * s.plane_floats(), c = s.channel_of(plane);
-        const Backward given{dy + at,   moved(more, at), x + at,
-                             moved(y, at), scale + c,    shift + c,
-                             mean + c,  through ? through + at : nullptr, nullptr};
+        const Backward given{dy + at,   moved(more, at),
+                             x + at,    moved(signs, plane * s.plane_signs()),
+                             scale + c, shift + c,
+                             mean + c,  moved(through, at),
+                             nullptr};
         reduce_plane(s, kind, given, stream, partial[plane]);
     }
 #pragma omp parallel for schedule(static)
