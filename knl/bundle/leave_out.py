@@ -16,6 +16,7 @@ DOCUMENTS = "documentation"
 GPU = "GPU libraries"
 TOOLS = "development tools"
 ELSEWHERE = "links to elsewhere"
+COPIES = "copies of a library under other names"
 
 # Kept where a job loads them all the same: torch's CUDA builds link theirs.
 _GPU = re.compile(
@@ -27,6 +28,8 @@ _HEADERS = re.compile(r"\.(h|hpp|cuh|pxd|pyx)$|^include/|/pkgconfig/|/cmake/")
 _DOCUMENTS = re.compile(r"^(share|etc/conda|conda-meta|man)/|\.jar$")
 # torch.compile writes C++ and compiles it.
 _TORCH_HEADERS = re.compile(r"/torch/include/")
+# A wheel has no links: oneDNN's has the library three times, of which libdnnl.so.2 is loaded.
+_COPIES = re.compile(r"^lib/libdnnl\.so(\.2\.5)?$")
 _STDLIB_TESTS = ("test", "idlelib", "turtledemo", "tkinter", "ensurepip", "lib2to3/tests")
 _DEVELOPMENT = ("pip", "mypy", "ruff", "pytest", "hypothesis")
 
@@ -53,6 +56,8 @@ def reason(path: PurePosixPath, *, compiles: bool, loaded: bool) -> str:
         return GPU
     if _STATIC.search(text):
         return STATIC
+    if _COPIES.search(text):
+        return COPIES
     if _DOCUMENTS.search(text):
         return DOCUMENTS
     if _HEADERS.search(text):
