@@ -26,9 +26,13 @@ INFERENCE, FORWARD, BACKWARD_DATA, BACKWARD_WEIGHTS = range(4)
 # The release line whose AVX-512 kernels run on a KNL: from 2.6 on they are gone.
 _RELEASE = (2, 5)
 _CURE = "pip install onednn-cpu-gomp==2022.0.2 (a part of both stacks), or set train.layout"
-# Instruction sets without AVX-512, as dnnl_cpu_isa_t numbers them: SSE4.1, AVX, AVX2, AVX2-VNNI.
-_WITHOUT_AVX512 = {0x1: "sse41", 0x3: "avx", 0x7: "avx2", 0x407: "avx2_vnni"}
-_AVX512 = {0xF: "avx512_mic", 0x1F: "avx512_mic_4ops"}
+# Instruction sets as dnnl_cpu_isa_t numbers them. Those with AVX-512 have a KNL's bit or that of
+# later processors (avx512_core).
+_ISAS = {
+    0x1: "sse41", 0x3: "avx", 0x7: "avx2", 0x407: "avx2_vnni", 0xF: "avx512_mic",
+    0x1F: "avx512_mic_4ops",
+}  # fmt: skip
+_AVX512_BITS = 0x8 | 0x20
 
 
 class Shape(NamedTuple):
@@ -108,7 +112,7 @@ def response_norm(
 @cache
 def block() -> int:
     """Channels of a block that this CPU's kernels want: 16 with AVX-512, else 8."""
-    return 8 if int(_library().knl_onednn_isa()) in _WITHOUT_AVX512 else 16
+    return 16 if _library().knl_onednn_isa() & _AVX512_BITS else 8
 
 
 @cache
@@ -120,7 +124,7 @@ def version() -> str:
 def isa() -> str:
     """The instruction set for which oneDNN chooses its kernels here."""
     found = int(_library().knl_onednn_isa())
-    return {**_WITHOUT_AVX512, **_AVX512}.get(found, "avx512_core")
+    return _ISAS.get(found, "avx512_core" if found & _AVX512_BITS else "unknown")
 
 
 def library_path() -> Path:
