@@ -18,10 +18,11 @@ MPI ?=
 HIDDEN ?=
 
 # Tests of one process each run side by side; two by two those of jobs, which wait most of the time.
-# Those of ranks, and of 512 nodes, want the machine to themselves.
+# Those of ranks, and of 512 nodes, want the machine to themselves; those of a KNL's instruction set
+# patch a copy of oneDNN once.
 SINGLE = tests/data tests/report tests/topology tests/unit
 JOBS = tests/bundle tests/modules tests/slurm --ignore=tests/slurm/test_512.py
-RANKS = tests/faults tests/mpi tests/slurm/test_512.py
+RANKS = tests/isa tests/faults tests/mpi tests/slurm/test_512.py
 
 CHECK = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 9))' || \
 	{ echo "$(PYTHON) is not Python 3.9 or newer: name one with make PYTHON=/path/of/python3" >&2; exit 1; }

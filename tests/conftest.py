@@ -7,6 +7,9 @@ import sys
 
 import pytest
 
+# The one part that a machine cannot be given: a KNL's kernels do not run without it.
+HARDWARE = "this host has no AVX-512F"
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_profiles_of_the_user(tmp_path_factory):
@@ -29,5 +32,7 @@ def pytest_runtest_makereport(item, call):
     outcome = yield
     report = outcome.get_result()
     if report.skipped and not hasattr(report, "wasxfail") and "KNL_TESTS_REQUIRE_ALL" in os.environ:
+        if HARDWARE in str(report.longrepr):
+            return
         report.outcome = "failed"
         report.longrepr = f"skipped, though KNL_TESTS_REQUIRE_ALL is set: {report.longrepr[2]}"

@@ -63,8 +63,9 @@ class Convolution(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`x`: float32, [samples, channels, height, width] or blocked."""
+        what = FORWARD if torch.is_grad_enabled() else INFERENCE
         return _Convolution.apply(  # type: ignore[no-any-return]
-            x.contiguous(), self.weight, self.bias, self.shape_for(x)
+            x.contiguous(), self.weight, self.bias, self.shape_for(x), what
         )
 
     def shape_for(self, x: torch.Tensor) -> Shape:
@@ -134,12 +135,16 @@ class Flatten(nn.Module):
 class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, shape: Shape
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        shape: Shape,
+        what: int,
     ) -> torch.Tensor:
-        wants = any(ctx.needs_input_grad)
         y = _activations(x, shape.samples, shape.out_channels, shape.out_height, shape.out_width)
         weight = weight.contiguous()
-        onednn.convolution(shape, FORWARD if wants else INFERENCE).run(x, weight, bias, y)
+        onednn.convolution(shape, what).run(x, weight, bias, y)
         ctx.save_for_backward(x, weight, y if shape.relu else None)
         ctx.shape = shape
         return y
@@ -161,7 +166,7 @@ class _Convolution(torch.autograd.Function):
             dweight = torch.empty_like(weight)
             dbias = weight.new_empty(shape.out_channels) if shape.bias else None
             onednn.convolution(backward, BACKWARD_WEIGHTS).run(x, dy, dweight, dbias)
-        return dx, dweight, dbias, None
+        return dx, dweight, dbias, None, None
 
 
 class _Kept(torch.autograd.Function):

@@ -138,7 +138,13 @@ def _made(kind: str, shape: Shape, what: int, *more: float) -> Operation:
     make = getattr(_library(), f"knl_onednn_{kind}")
     _check(make(fields, what, *more, ctypes.byref(handle)))
     assert handle.value is not None  # set where there was no error
-    return Operation(handle.value)
+    operation = Operation(handle.value)
+    if re.search(r"(^|_)ref\b", operation.implementation):
+        raise InputError(
+            f"train.layout = 'blocked': oneDNN has no fast kernel for the network's {kind} "
+            f"{shape._asdict()}; use train.layout = 'channels_last'"
+        )
+    return operation
 
 
 def _check(error: bytes | None) -> None:

@@ -7,10 +7,13 @@
 //
 // The library is not linked: knl.models.onednn loads it first, the one copy that every call uses.
 
+#include <algorithm>
 #include <cstdint>
-#include <cstring>
+#include <cstdlib>
 #include <memory>
+#include <stdexcept>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "oneapi/dnnl/dnnl.hpp"

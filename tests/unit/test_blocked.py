@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -95,7 +95,11 @@ def test_a_convolution_is_torch_s(block, data):
     ours.relu = data.draw(st.booleans())
     side = dilation * (size - 1) + whole(1, 9)
     images = torch.randn(whole(1, 4), inputs, side, side + 1)
-    check(conv, ours, images, block, relu=ours.relu, first=bool(first))
+    try:
+        check(conv, ours, images, block, relu=ours.relu, first=bool(first))
+    except InputError as refusal:  # sizes that no network has, for which there is no fast kernel
+        assert "no fast kernel for the network's convolution" in str(refusal)
+        assume(False)
 
 
 @pytest.mark.parametrize("block", [8, 16])
