@@ -89,7 +89,11 @@ def test_another_layout_goes_on_with_the_same_losses(tmp_path, whole):
         train(folder, 2, "--set", f"train.layout={layout}", "--max-steps", "5", status=75)
     train(folder, 2)
     wanted = [row["loss"] for row in steps(whole(2))]
-    assert [row["loss"] for row in steps(folder)] == pytest.approx(wanted, abs=1e-4)
+    found = [row["loss"] for row in steps(folder)]
+    # Layouts round differently, which this recipe's first steps magnify: two whole runs that differ
+    # in the layout alone are 2e-7 apart after 8 steps, 3e-5 after 16 and 2e-4 after 20.
+    assert found[:16] == pytest.approx(wanted[:16], abs=1e-4)
+    assert found == pytest.approx(wanted, abs=1e-3)
 
 
 def test_a_run_that_is_done_says_its_result_again(tmp_path, whole):
