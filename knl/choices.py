@@ -77,19 +77,19 @@ def rule_choices(node: Topology, ranks: int, environment: Mapping[str, str]) -> 
         openmp="libiomp5" if iomp else "libgomp",
         blocktime_ms=1 if iomp else 200,
         allocator=allocators(environment)[-1],
-        layout=rule_layout(node.is_knl),
+        layout=rule_layout(node),
     )
 
 
-def rule_layout(is_knl: bool) -> Layout:
+def rule_layout(node: Topology) -> Layout:
     """The layout that trains fastest where nothing was measured: oneDNN's blocked one.
 
-    Where our oneDNN is missing, the next best: on a KNL torch's own, whose convolutions reorder
-    to blocked and back, as channels-last ones run as AVX2 there; elsewhere `ipex.optimize`, worth
-    1.6 on torch 1.11, or channels_last, worth 1.7 on torch 2."""
-    if version_of(ONEDNN):
+    Where our oneDNN is missing, or has no kernels for want of AVX2, the next best: on a KNL torch's
+    own, whose convolutions reorder to blocked and back, as channels-last ones run as AVX2 there;
+    elsewhere `ipex.optimize`, worth 1.6 on torch 1.11, or channels_last, worth 1.7 on torch 2."""
+    if version_of(ONEDNN) and ("avx2" in node.isa or not node.isa):
         return "blocked"
-    if is_knl:
+    if node.is_knl:
         return "contiguous"
     return "ipex" if has_ipex() else "channels_last"
 

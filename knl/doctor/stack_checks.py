@@ -80,9 +80,11 @@ def check_layout(facts: Facts) -> Finding | None:
 def check_isa(facts: Facts) -> Finding | None:
     """The plan's convolutions used less than this CPU has."""
     own = {"ipex": "ipex_optimized"}.get(facts.layout, facts.layout)
-    ran = [c for c in facts.stack.convolutions if c.layout == own or not own]
+    every = facts.stack.convolutions
+    ran = [c for c in every if c.layout == own] or every  # where the plan's does not run, the rest
     lost = facts.node.is_knl and facts.stack.torch_release >= (1, 12) and own != "blocked"
-    if not facts.is_here or lost or not facts.stack.torch or check_layout(facts):
+    lost = lost or bool(layout_problem(facts.node, facts.layout))
+    if not facts.is_here or lost or not facts.stack.torch:
         return None
     if not ran:
         if facts.stack.failure or facts.stack.problems.get("convolution"):

@@ -164,7 +164,7 @@ def _library() -> ctypes.CDLL:
         # torch's has another name, so the loader would bring the system's as a second runtime.
         ctypes.CDLL(str(native.compiled("libknl_gomp.so")), mode=ctypes.RTLD_GLOBAL)
     try:
-        ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+        ctypes.CDLL(str(path))  # known by its name to the binding, which needs it
     except OSError as error:
         raise InputError(f"train.layout = 'blocked': no oneDNN ({error}); {_CURE}") from None
     library = ctypes.CDLL(str(native.compiled("libknl_onednn.so")))

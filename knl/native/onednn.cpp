@@ -5,7 +5,7 @@
 // and gradient sync know nothing of a layout. A convolution packs its weights into a buffer that it
 // shares with all others: the reorder costs one pass over the weights, and the buffer stays in cache.
 //
-// The library is not linked: knl.models.onednn loads it first, the one copy that every call uses.
+// knl.models.onednn loads the library first, from where pip has put it.
 
 #include <algorithm>
 #include <cstdint>
