@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
@@ -21,6 +21,11 @@ else:
     import tomli as tomllib
 
 RECIPES = Path(__file__).parent / "recipes"
+
+# CPU flags of which one makes bfloat16 faster than float32.
+BF16_ISA = ("avx512_bf16", "amx_bf16")
+# The one without which oneCCL cuts sums of bfloat16 off, where it should round them.
+_ROUNDING_ISA = "avx512_bf16"
 
 _Positive = Annotated[int, Meta(ge=1)]
 _Count = Annotated[int, Meta(ge=0)]
@@ -65,12 +70,15 @@ class Data(Section, frozen=True):
 
 class Train(Section, frozen=True):
     """How long and how wide. The global batch is lanes x lane_batch. `steps`: stop after so many,
-    0 for all epochs. `eval_every`: epochs between evaluations, 0 for the last alone. `layout`: of
-    pictures and weights in memory; "ipex": weights as Intel's extension packs them; "auto": what
-    the node's plan says. `compile`: by torch.compile. `checkpoint_minutes`: between checkpoints, 0
-    for the ends of epochs and of the run alone; `keep_checkpoints`: how many of the last, beside
-    the best. `on_nonfinite`: what to do when a loss or a gradient is no number; "skip" leaves the
-    step's update out, up to `max_skipped` times."""
+    0 for all epochs. `eval_every`: epochs between evaluations, 0 for the last alone. `dtype`:
+    "bf16" for activations and what convolutions and matrix products read, in bfloat16; weights,
+    momentum, statistics, sums and the loss stay float32. `slow_bf16`: take it where it is slower
+    than fp32, too. `layout`: of pictures and weights in memory; "ipex": weights as Intel's
+    extension packs them; "auto": what the node's plan says. `compile`: by torch.compile.
+    `checkpoint_minutes`: between checkpoints, 0 for the ends of epochs and of the run alone;
+    `keep_checkpoints`: how many of the last, beside the best. `on_nonfinite`: what to do when a
+    loss or a gradient is no number; "skip" leaves the step's update out, up to `max_skipped`
+    times."""
 
     epochs: _AboveZero
     lanes: _Positive
@@ -80,6 +88,7 @@ class Train(Section, frozen=True):
     eval_every: _Count = 1
     label_smoothing: Annotated[float, Meta(ge=0, lt=1)] = 0.0
     dtype: Literal["fp32", "bf16"] = "fp32"
+    slow_bf16: bool = False
     layout: Literal["auto", "blocked", "contiguous", "channels_last", "ipex"] = "auto"
     compile: bool = False
     checkpoint_minutes: _NotNegative = 10.0
@@ -112,9 +121,12 @@ class Schedule(Section, frozen=True):
 
 
 class Comm(Section, frozen=True):
-    """Gradient sync. `bucket_mb`: MiB of gradients summed together; "auto": what the node's plan
-    says. `timeout_s`: seconds to wait for the other ranks before giving the run up."""
+    """Gradient sync. `dtype`: of gradients between nodes ("bf16": each addition rounds to
+    bfloat16); within a node, in shared memory, they are summed in float32. `bucket_mb`: MiB of
+    gradients summed together; "auto": what the node's plan says. `timeout_s`: seconds to wait for
+    the other ranks before giving the run up."""
 
+    dtype: Literal["fp32", "bf16"] = "fp32"
     bucket_mb: Union[_AboveZero, Literal["auto"]] = "auto"
     first_bucket_mb: _AboveZero = 1.0
     timeout_s: _AboveZero = 300.0
@@ -193,6 +205,21 @@ def require_ranks_fit(recipe: Recipe, ranks: int) -> None:
             "(changes the BatchNorm groups, and so the trajectory)"
         )
     raise InputError(f"train.lanes={lanes}: fewer than the {ranks} ranks; {cure}")
+
+
+def require_cpu_fits(recipe: Recipe, isa: Collection[str]) -> None:
+    """Raise InputError where bfloat16 is asked for on a CPU (its flags) that is no good at it."""
+    if recipe.train.dtype == "bf16" and not recipe.train.slow_bf16 and not set(BF16_ISA) & set(isa):
+        raise InputError(
+            f"train.dtype = 'bf16': slower than fp32 on this CPU, which has neither "
+            f"{' nor '.join(BF16_ISA)}; use train.dtype = 'fp32', or --set train.slow_bf16=true to "
+            "train with it all the same"
+        )
+    if recipe.comm.dtype == "bf16" and _ROUNDING_ISA not in isa:
+        raise InputError(
+            f"comm.dtype = 'bf16': on this CPU, which has no {_ROUNDING_ISA}, oneCCL cuts each sum "
+            "of bfloat16 off instead of rounding it (0.2 % too small); use comm.dtype = 'fp32'"
+        )
 
 
 def _override(table: dict[str, Any], override: str) -> None:

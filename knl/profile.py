@@ -70,7 +70,8 @@ class Gain(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`images`: of a step on the whole node, of `pixels` a side; `created`: UTC, ISO 8601."""
+    """`images`: of a step on the whole node, of `pixels` a side; `created`: UTC, ISO 8601;
+    `bf16_check`: what was done to see that bfloat16 trains as well, "" where it was not tried."""
 
     schema: int
     created: str
@@ -82,6 +83,7 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     plan: Plan
     gain: Optional[Gain] = None
     trials: tuple[Trial, ...] = ()
+    bf16_check: str = ""
 
 
 def fingerprint(node: Topology) -> Fingerprint:

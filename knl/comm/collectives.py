@@ -32,10 +32,13 @@ class Handle(Protocol):
 
 
 class Collectives(Protocol):
-    """One provider, open over all ranks. Tensors are dense: float32, float64, int32 or int64."""
+    """One provider, open over all ranks. Tensors are dense: float32, float64, int32, int64, and
+    for `allreduce` bfloat16, but for `no_bf16`: why the provider cannot add that up, "" where it
+    can."""
 
     name: str
     version: str
+    no_bf16: str
 
     def allreduce(self, tensor: torch.Tensor, priority: int = 0) -> Handle:
         """Start summing `tensor` over the ranks, in place. Every rank calls in the same order.
@@ -76,6 +79,7 @@ class Alone:
 
     name = "single"
     version = ""
+    no_bf16 = ""
 
     def allreduce(self, tensor: torch.Tensor, priority: int = 0) -> Handle:
         return self
@@ -94,6 +98,28 @@ class Alone:
 
     def close(self) -> None:
         return
+
+
+class NarrowSum:
+    """A sum of float32 under way as bfloat16: rounded to nearest on its way out, widened into its
+    place when it is there."""
+
+    def __init__(self, collectives: Collectives, tensor: torch.Tensor, priority: int) -> None:
+        self._tensor, self._narrow = tensor, tensor.to(torch.bfloat16)
+        self._handle: Handle | None = collectives.allreduce(self._narrow, priority)
+
+    def test(self) -> bool:
+        return self._handle is None or (self._handle.test() and self._arrived())
+
+    def wait(self, timeout: float) -> None:
+        if self._handle is not None:
+            self._handle.wait(timeout)
+            self._arrived()
+
+    def _arrived(self) -> bool:
+        self._tensor.copy_(self._narrow)
+        self._handle, self._narrow = None, torch.empty(0)
+        return True
 
 
 @contextlib.contextmanager

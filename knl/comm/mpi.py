@@ -41,6 +41,7 @@ class Mpi:
     """COMM_WORLD's collectives on the memory of tensors."""
 
     name = "mpi"
+    no_bf16 = "MPI has no such type"
 
     def __init__(self, comm: Any, timeout: float) -> None:
         from mpi4py import MPI

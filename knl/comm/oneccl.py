@@ -17,7 +17,9 @@ from knl.comm.world import World
 from knl.errors import CollectiveTimeoutError, FailedError, KnlError
 
 # The numbers of ccl::datatype (oneapi/ccl/types.hpp).
-_DATATYPES = {torch.int32: 4, torch.int64: 6, torch.float32: 9, torch.float64: 10}
+_DATATYPES = {
+    torch.int32: 4, torch.int64: 6, torch.float32: 9, torch.float64: 10, torch.bfloat16: 11,
+}  # fmt: skip
 _ADDRESS_BYTES = 256
 
 
@@ -79,6 +81,7 @@ class OneCcl:
     """A oneCCL communicator over all ranks, or over each of several groups of them."""
 
     name = "oneccl"
+    no_bf16 = ""  # for CPUs that have the instructions: knl.config.require_cpu_fits
 
     def __init__(
         self,

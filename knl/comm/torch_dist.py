@@ -68,6 +68,8 @@ class TorchDist:
         self, name: str, version: str, world: World, bootstrap: Bootstrap, timeout: float
     ) -> None:
         self.name, self.version, self._timeout = name, version, timeout
+        lacks = name == "gloo" and torch.__version__.startswith("1.")
+        self.no_bf16 = f"torch {torch.__version__} has no such sum" if lacks else ""
         if world.size == world.local_size:
             # One host: loopback works whatever the host's name resolves to.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

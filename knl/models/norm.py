@@ -7,6 +7,7 @@ step; statistics of the batch allow eight. In ResNet-50 that is a tenth of the s
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -19,15 +20,18 @@ from knl import native
 from knl.models.blocked_norm import BlockedNorm, How, apply
 
 _CHANNELS_LAST = torch.channels_last
+_TYPES = (torch.float32, torch.bfloat16)
 
 
 class BatchNorm(nn.BatchNorm2d):
     """Batch normalisation (Ioffe, Szegedy 2015, arXiv 1502.03167), plus `residual`, then ReLU where
     wanted: the same numbers as torch's modules one after another, up to rounding.
 
-    In training on float32 in channels_last it runs knl's kernels, else torch's functions: for other
-    layouts and types, in evaluation, and under torch.compile, which fuses on its own. The kernels'
-    gradient has none of its own: asking for it raises RuntimeError.
+    In training on float32 or bfloat16 in channels_last it runs knl's kernels, else torch's
+    functions: for other layouts and types, in evaluation, and under torch.compile, which fuses on
+    its own. Of bfloat16 activations all is computed in float32 and rounded once; weights and
+    statistics stay float32. The kernels' gradient has none of its own: asking for it raises
+    RuntimeError.
     """
 
     def __init__(self, channels: int, relu: bool) -> None:
@@ -79,10 +83,11 @@ class BatchNorm(nn.BatchNorm2d):
 
     def _fused(self, x: torch.Tensor, residual: torch.Tensor | None) -> bool:
         fits = all(
-            t.dtype == torch.float32 and t.is_contiguous(memory_format=_CHANNELS_LAST)
+            t.dtype == x.dtype and t.is_contiguous(memory_format=_CHANNELS_LAST)
             for t in (x, residual)
             if t is not None
         )
+        fits = fits and x.dtype in _TYPES and self.weight.dtype == torch.float32
         fits = fits and x.dim() == 4 and x.size(1) == self.num_features
         fits = fits and (residual is None or residual.shape == x.shape)
         several = fits and x.numel() > x.size(1)  # of one value there is no variance
@@ -108,7 +113,7 @@ class _Fused(torch.autograd.Function):
     ) -> torch.Tensor:
         y = torch.empty_like(x, memory_format=_CHANNELS_LAST)
         mean, inverse = torch.empty_like(running_mean), torch.empty_like(running_var)
-        _kernels().knl_norm_forward(
+        _kernel("forward", x)(
             x.data_ptr(), _pointer(residual), y.data_ptr(), x.numel() // x.size(1), x.size(1),
             weight.data_ptr(), bias.data_ptr(), eps, momentum, relu,
             running_mean.data_ptr(), running_var.data_ptr(), mean.data_ptr(), inverse.data_ptr(),
@@ -128,7 +133,7 @@ class _Fused(torch.autograd.Function):
         dx = torch.empty_like(x, memory_format=_CHANNELS_LAST)
         dresidual = torch.empty_like(dx) if output else dy if ctx.adds else None
         dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
-        _kernels().knl_norm_backward(
+        _kernel("backward", x)(
             dy.data_ptr(), x.data_ptr(), _pointer(y), x.numel() // x.size(1), x.size(1),
             weight.data_ptr(), bias.data_ptr(), mean.data_ptr(), inverse.data_ptr(), ctx.relu,
             dx.data_ptr(), _pointer(dresidual if output else None),
@@ -146,15 +151,21 @@ def _is_compiling() -> bool:
     return compiler is not None and bool(compiler.is_compiling())
 
 
+def _kernel(name: str, x: torch.Tensor) -> Callable[..., None]:
+    suffix = "_bf16" if x.dtype == torch.bfloat16 else ""
+    return getattr(_kernels(), f"knl_norm_{name}{suffix}")  # type: ignore[no-any-return]
+
+
 @cache
 def _kernels() -> ctypes.CDLL:
     pointer, size, real, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_int
     kernels = native.load_kernels()
-    kernels.knl_norm_forward.argtypes = [
-        *[pointer] * 3, size, size, pointer, pointer, real, real, flag, *[pointer] * 4,
-    ]  # fmt: skip
-    kernels.knl_norm_backward.argtypes = [
-        *[pointer] * 3, size, size, *[pointer] * 4, flag, *[pointer] * 4,
-    ]  # fmt: skip
-    kernels.knl_norm_forward.restype = kernels.knl_norm_backward.restype = None
+    arguments = {
+        "forward": [*[pointer] * 3, size, size, pointer, pointer, real, real, flag, *[pointer] * 4],
+        "backward": [*[pointer] * 3, size, size, *[pointer] * 4, flag, *[pointer] * 4],
+    }
+    for name, types in arguments.items():
+        for suffix in ("", "_bf16"):
+            kernel = getattr(kernels, f"knl_norm_{name}{suffix}")
+            kernel.argtypes, kernel.restype = types, None
     return kernels

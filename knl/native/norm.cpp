@@ -1,31 +1,28 @@
 // BatchNorm in training with the ReLU and the residual sum that follow it, forward and backward, in
 // as few passes over the activations as their statistics allow. See knl/models/norm.py.
 //
-// Activations are rows (sample and pixel) of channels. Work is split into tasks of fixed size, whose
-// partial sums are added in order: no bit depends on the number of threads.
-
-#include <xmmintrin.h>
+// Activations are rows (sample and pixel) of channels, in float or bfloat16; all that is computed
+// from them is float or double, and what is written is rounded once. Work is split into tasks of
+// fixed size, whose partial sums are added in order: no bit depends on the number of threads.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <vector>
 
+#include "rows.h"
+
 #define KNL_API extern "C" __attribute__((visibility("default")))
 #define KNL_MULTIVERSION __attribute__((target_clones("avx512f", "avx2", "default")))
-#define KNL_INLINE inline __attribute__((always_inline))
 
 namespace {
 
-constexpr int64_t kWidth = 256;    // channels of a task
 constexpr int64_t kParts = 128;    // tasks over the rows, unless they would get too few
 constexpr int64_t kLeastRows = 64;
 constexpr int64_t kBlock = 32;     // rows whose channels stay in the L1 cache and are added in float
-constexpr int64_t kAhead = 512;    // floats
-constexpr int64_t kLine = 16;      // floats
-// From so many floats on an output is written past the caches: it would not stay there, and a line
+// From so many bytes on an output is written past the caches: it would not stay there, and a line
 // that is written through them is read from memory first.
-constexpr int64_t kStreamFrom = 1 << 20;
+constexpr int64_t kStreamFrom = 1 << 22;
 
 // Whether a ReLU follows, and from what backward finds where it was zero: without a residual the
 // output is made again from the input, which backward reads anyway.
@@ -45,28 +42,9 @@ std::vector<Task> tasks_of(int64_t rows, int64_t channels) {
     return tasks;
 }
 
-// The hardware's own prefetching stops at pages.
-inline void ask_ahead(const float* row, int64_t width) {
-    for (int64_t c = 0; c < width; c += 16) __builtin_prefetch(row + c + kAhead);
-}
-
-bool streams(int64_t rows, int64_t channels, const float* out) {
-    const bool aligned = reinterpret_cast<uintptr_t>(out) % (4 * sizeof(float)) == 0;
-    return rows * channels >= kStreamFrom && channels % kLine == 0 && aligned;
-}
-
-// Writes make(c) for each channel c of a task's row.
-template <bool stream, typename Make>
-KNL_INLINE void write_row(float* out, int64_t width, const Make& make) {
-    for (int64_t c = 0; stream && c < width; c += kLine) {
-        alignas(64) float line[kLine];
-#pragma omp simd
-        for (int64_t k = 0; k < kLine; ++k) line[k] = make(c + k);
-        for (int64_t k = 0; k < kLine; k += 4) _mm_stream_ps(out + c + k, _mm_load_ps(line + k));
-    }
-    if (stream) return;
-#pragma omp simd
-    for (int64_t c = 0; c < width; ++c) out[c] = make(c);
+bool streams(int64_t rows, int64_t channels, int64_t size, const void* out) {
+    const bool aligned = reinterpret_cast<uintptr_t>(out) % sizeof(__m128i) == 0;
+    return rows * channels * size >= kStreamFrom && channels * size % kLine == 0 && aligned;
 }
 
 struct Moments {
@@ -81,8 +59,9 @@ void merge(Moments& into, double count, const Moments& other, double more) {
 
 // Mean and squares of each channel of a task. Two passes over a block that the cache holds: the
 // difference of large sums would lose the variance of channels far from zero.
-KNL_MULTIVERSION void moments_of(const float* x, int64_t channels, const Task& task, Moments* out) {
-    float mean[kWidth], squares[kWidth];
+template <typename T>
+KNL_INLINE void moments_of(const T* x, int64_t channels, const Task& task, Moments* out) {
+    alignas(64) float room[kWidth], mean[kWidth], squares[kWidth];
     std::fill(out, out + task.width, Moments{0.0, 0.0});
     for (int64_t begin = task.first_row; begin < task.last_row; begin += kBlock) {
         const int64_t end = std::min(begin + kBlock, task.last_row);
@@ -90,15 +69,15 @@ KNL_MULTIVERSION void moments_of(const float* x, int64_t channels, const Task& t
         std::fill(mean, mean + task.width, 0.0f);
         std::fill(squares, squares + task.width, 0.0f);
         for (int64_t row = begin; row < end; ++row) {
-            const float* in = x + row * channels + task.first;
-            ask_ahead(in, task.width);
+            ask_ahead(x + row * channels + task.first, task.width);
+            const float* in = widened(x + row * channels + task.first, task.width, room);
 #pragma omp simd
             for (int64_t c = 0; c < task.width; ++c) mean[c] += in[c];
         }
 #pragma omp simd
         for (int64_t c = 0; c < task.width; ++c) mean[c] *= share;
         for (int64_t row = begin; row < end; ++row) {
-            const float* in = x + row * channels + task.first;
+            const float* in = widened(x + row * channels + task.first, task.width, room);
 #pragma omp simd
             for (int64_t c = 0; c < task.width; ++c)
                 squares[c] += (in[c] - mean[c]) * (in[c] - mean[c]);
@@ -110,28 +89,33 @@ KNL_MULTIVERSION void moments_of(const float* x, int64_t channels, const Task& t
 }
 
 // Forward's input, what is added to its output, and the output's scale and shift by channel.
+template <typename T>
 struct Source {
-    const float *x, *add, *scale, *shift;
+    const T *x, *add;
+    const float *scale, *shift;
 };
 
-template <bool relu, bool residual, bool stream>
-KNL_INLINE void normalise(const Source& from, float* y, int64_t channels, const Task& task) {
+template <bool relu, bool residual, bool stream, typename T>
+KNL_INLINE void normalise(const Source<T>& from, T* y, int64_t channels, const Task& task) {
+    alignas(64) float rooms[2][kWidth];
     for (int64_t row = task.first_row; row < task.last_row; ++row) {
         const int64_t at = row * channels + task.first;
         ask_ahead(from.x + at, task.width);
         if (residual) ask_ahead(from.add + at, task.width);
+        const float* x = widened(from.x + at, task.width, rooms[0]);
+        const float* add = residual ? widened(from.add + at, task.width, rooms[1]) : nullptr;
         write_row<stream>(y + at, task.width, [&](int64_t c) __attribute__((always_inline)) {
             const int64_t k = task.first + c;
-            float value = from.x[at + c] * from.scale[k] + from.shift[k];
-            if (residual) value += from.add[at + c];
+            float value = x[c] * from.scale[k] + from.shift[k];
+            if (residual) value += add[c];
             return relu && value < 0.0f ? 0.0f : value;  // nan stays
         });
     }
     if (stream) _mm_sfence();
 }
 
-template <bool stream>
-KNL_INLINE void normalise(const Source& from, float* y, bool relu, int64_t channels,
+template <bool stream, typename T>
+KNL_INLINE void normalise(const Source<T>& from, T* y, bool relu, int64_t channels,
                           const Task& task) {
     if (from.add && relu)
         normalise<true, true, stream>(from, y, channels, task);
@@ -143,26 +127,35 @@ KNL_INLINE void normalise(const Source& from, float* y, bool relu, int64_t chann
         normalise<false, false, stream>(from, y, channels, task);
 }
 
-KNL_MULTIVERSION void normalise_task(const Source& from, float* y, bool relu, bool stream,
-                                     int64_t channels, const Task& task) {
-    if (stream)
-        normalise<true>(from, y, relu, channels, task);
-    else
-        normalise<false>(from, y, relu, channels, task);
-}
-
 // What backward reads and knows: gradient of the output, input, output (kFromOutput alone).
+template <typename T>
 struct Given {
+    const T *dy, *x, *y;
+    const float *scale, *shift, *mean;
+};
+
+// A row of it in float, its channels counted from the task's first.
+struct Row {
     const float *dy, *x, *y;
     const float *scale, *shift, *mean;
 };
 
+template <Relu relu, typename T>
+KNL_INLINE Row row_of(const Given<T>& given, int64_t at, const Task& task, float (*rooms)[kWidth]) {
+    ask_ahead(given.dy + at, task.width);
+    ask_ahead(given.x + at, task.width);
+    if (relu == kFromOutput) ask_ahead(given.y + at, task.width);
+    return {widened(given.dy + at, task.width, rooms[0]),
+            widened(given.x + at, task.width, rooms[1]),
+            relu == kFromOutput ? widened(given.y + at, task.width, rooms[2]) : nullptr,
+            given.scale + task.first, given.shift + task.first, given.mean + task.first};
+}
+
 template <Relu relu>
-KNL_INLINE float through(const Given& given, int64_t at, int64_t c) {
-    const float gradient = given.dy[at];  // whatever comes of it: a vector has no branches
+KNL_INLINE float through(const Row& row, int64_t c) {
+    const float gradient = row.dy[c];  // whatever comes of it: a vector has no branches
     if (relu == kNone) return gradient;
-    const float value =
-        relu == kFromOutput ? given.y[at] : given.x[at] * given.scale[c] + given.shift[c];
+    const float value = relu == kFromOutput ? row.y[c] : row.x[c] * row.scale[c] + row.shift[c];
     return value <= 0.0f ? 0.0f : gradient;
 }
 
@@ -170,24 +163,20 @@ struct Sums {
     double gradient, product;  // product: with the input's difference from its mean
 };
 
-template <Relu relu>
-KNL_INLINE void reduce(const Given& given, int64_t channels,
-                                                  const Task& task, Sums* out) {
-    float gradient[kWidth], product[kWidth];
+template <Relu relu, typename T>
+KNL_INLINE void reduce(const Given<T>& given, int64_t channels, const Task& task, Sums* out) {
+    alignas(64) float rooms[3][kWidth], gradient[kWidth], product[kWidth];
     std::fill(out, out + task.width, Sums{0.0, 0.0});
     for (int64_t begin = task.first_row; begin < task.last_row; begin += kBlock) {
         std::fill(gradient, gradient + task.width, 0.0f);
         std::fill(product, product + task.width, 0.0f);
-        for (int64_t row = begin; row < std::min(begin + kBlock, task.last_row); ++row) {
-            const int64_t at = row * channels + task.first;
-            ask_ahead(given.dy + at, task.width);
-            ask_ahead(given.x + at, task.width);
-            if (relu == kFromOutput) ask_ahead(given.y + at, task.width);
+        for (int64_t n = begin; n < std::min(begin + kBlock, task.last_row); ++n) {
+            const Row row = row_of<relu>(given, n * channels + task.first, task, rooms);
 #pragma omp simd
             for (int64_t c = 0; c < task.width; ++c) {
-                const float g = through<relu>(given, at + c, task.first + c);
+                const float g = through<relu>(row, c);
                 gradient[c] += g;
-                product[c] += g * (given.x[at + c] - given.mean[task.first + c]);
+                product[c] += g * (row.x[c] - row.mean[c]);
             }
         }
         for (int64_t c = 0; c < task.width; ++c) {
@@ -197,55 +186,65 @@ KNL_INLINE void reduce(const Given& given, int64_t channels,
     }
 }
 
-KNL_MULTIVERSION void reduce_task(Relu relu, const Given& given, int64_t channels,
-                                  const Task& task, Sums* out) {
-    if (relu == kNone) reduce<kNone>(given, channels, task, out);
-    if (relu == kFromInput) reduce<kFromInput>(given, channels, task, out);
-    if (relu == kFromOutput) reduce<kFromOutput>(given, channels, task, out);
-}
-
 // dx = a g + b (x - mean) + d, channel by channel
 struct Line {
     std::vector<float> a, b, d;
 };
 
-template <Relu relu, bool stream>
-KNL_INLINE void spread(const Given& given, const Line& line, float* dx, float* dadd,
-                       int64_t channels, const Task& task) {
-    const float *a = line.a.data(), *b = line.b.data(), *d = line.d.data();
-    for (int64_t row = task.first_row; row < task.last_row; ++row) {
-        const int64_t at = row * channels + task.first;
-        ask_ahead(given.dy + at, task.width);
-        ask_ahead(given.x + at, task.width);
-        if (relu == kFromOutput) ask_ahead(given.y + at, task.width);
+template <Relu relu, bool stream, typename T>
+KNL_INLINE void spread(const Given<T>& given, const Line& line, T* dx, T* dadd, int64_t channels,
+                       const Task& task) {
+    alignas(64) float rooms[3][kWidth];
+    const float* const a = line.a.data() + task.first;
+    const float* const b = line.b.data() + task.first;
+    const float* const d = line.d.data() + task.first;
+    for (int64_t n = task.first_row; n < task.last_row; ++n) {
+        const int64_t at = n * channels + task.first;
+        const Row row = row_of<relu>(given, at, task, rooms);
         write_row<stream>(dx + at, task.width, [&](int64_t c) __attribute__((always_inline)) {
-            const int64_t k = task.first + c;
-            const float g = through<relu>(given, at + c, k);
-            return a[k] * g + b[k] * (given.x[at + c] - given.mean[k]) + d[k];
+            return a[c] * through<relu>(row, c) + b[c] * (row.x[c] - row.mean[c]) + d[c];
         });
         if (relu != kFromOutput) continue;
         write_row<stream>(dadd + at, task.width, [&](int64_t c) __attribute__((always_inline)) {
-            return through<relu>(given, at + c, task.first + c);
+            return through<relu>(row, c);
         });
     }
     if (stream) _mm_sfence();
 }
 
-template <bool stream>
-KNL_INLINE void spread(Relu relu, const Given& given, const Line& line, float* dx, float* dadd,
+template <bool stream, typename T>
+KNL_INLINE void spread(Relu relu, const Given<T>& given, const Line& line, T* dx, T* dadd,
                        int64_t channels, const Task& task) {
     if (relu == kNone) spread<kNone, stream>(given, line, dx, dadd, channels, task);
     if (relu == kFromInput) spread<kFromInput, stream>(given, line, dx, dadd, channels, task);
     if (relu == kFromOutput) spread<kFromOutput, stream>(given, line, dx, dadd, channels, task);
 }
 
-KNL_MULTIVERSION void spread_task(Relu relu, bool stream, const Given& given, const Line& line,
-                                  float* dx, float* dadd, int64_t channels, const Task& task) {
-    if (stream)
-        spread<true>(relu, given, line, dx, dadd, channels, task);
-    else
-        spread<false>(relu, given, line, dx, dadd, channels, task);
-}
+// A task of each kind, for each type of activations; templates cannot have versions.
+#define KNL_TASKS(T)                                                                              \
+    KNL_MULTIVERSION void moments_task(const T* x, int64_t channels, const Task& task,            \
+                                       Moments* out) {                                            \
+        moments_of(x, channels, task, out);                                                       \
+    }                                                                                             \
+    KNL_MULTIVERSION void normalise_task(const Source<T>& from, T* y, bool relu, bool stream,     \
+                                         int64_t channels, const Task& task) {                    \
+        if (stream) return normalise<true>(from, y, relu, channels, task);                        \
+        normalise<false>(from, y, relu, channels, task);                                          \
+    }                                                                                             \
+    KNL_MULTIVERSION void reduce_task(Relu relu, const Given<T>& given, int64_t channels,         \
+                                      const Task& task, Sums* out) {                              \
+        if (relu == kNone) reduce<kNone>(given, channels, task, out);                             \
+        if (relu == kFromInput) reduce<kFromInput>(given, channels, task, out);                   \
+        if (relu == kFromOutput) reduce<kFromOutput>(given, channels, task, out);                 \
+    }                                                                                             \
+    KNL_MULTIVERSION void spread_task(Relu relu, bool stream, const Given<T>& given,              \
+                                      const Line& line, T* dx, T* dadd, int64_t channels,         \
+                                      const Task& task) {                                         \
+        if (stream) return spread<true>(relu, given, line, dx, dadd, channels, task);             \
+        spread<false>(relu, given, line, dx, dadd, channels, task);                               \
+    }
+KNL_TASKS(float)
+KNL_TASKS(Half)
 
 // Scale and shift of y = scale x + shift.
 void affine_of(int64_t channels, const float* weight, const float* bias, const float* mean,
@@ -256,15 +255,10 @@ void affine_of(int64_t channels, const float* weight, const float* bias, const f
     }
 }
 
-}  // namespace
-
-// y = weight (x - mean) / sqrt(variance + eps) + bias, plus `add` where it is not null, then ReLU
-// where wanted. All of [rows][channels]. Returns the batch's mean and 1 / sqrt(variance + eps), and
-// moves the running statistics by `momentum` (of the variance: the unbiased one).
-KNL_API void knl_norm_forward(const float* x, const float* add, float* y, int64_t rows,
-                              int64_t channels, const float* weight, const float* bias, double eps,
-                              double momentum, int relu, float* running_mean, float* running_var,
-                              float* mean, float* inverse) {
+template <typename T>
+void forward(const T* x, const T* add, T* y, int64_t rows, int64_t channels, const float* weight,
+             const float* bias, double eps, double momentum, bool relu, float* running_mean,
+             float* running_var, float* mean, float* inverse) {
     const std::vector<Task> tasks = tasks_of(rows, channels);
     const int64_t count = static_cast<int64_t>(tasks.size());
     std::vector<Moments> partial((tasks.back().part + 1) * channels);
@@ -272,7 +266,8 @@ KNL_API void knl_norm_forward(const float* x, const float* add, float* y, int64_
 
 #pragma omp parallel for schedule(static)
     for (int64_t t = 0; t < count; ++t)
-        moments_of(x, channels, tasks[t], &partial[tasks[t].part * channels + tasks[t].first]);
+        moments_task(x, channels, tasks[t],
+                     &partial[tasks[t].part * channels + tasks[t].first]);
 
     std::vector<Moments> total(channels, Moments{0.0, 0.0});
     for (const Task& task : tasks)
@@ -289,27 +284,25 @@ KNL_API void knl_norm_forward(const float* x, const float* add, float* y, int64_
     }
     affine_of(channels, weight, bias, mean, inverse, scale, shift);
 
-    const bool stream = streams(rows, channels, y);
-    const Source from{x, add, scale.data(), shift.data()};
+    const bool stream = streams(rows, channels, sizeof(T), y);
+    const Source<T> from{x, add, scale.data(), shift.data()};
 
 #pragma omp parallel for schedule(static)
     for (int64_t t = 0; t < count; ++t)
-        normalise_task(from, y, relu != 0, stream, channels, tasks[t]);
+        normalise_task(from, y, relu, stream, channels, tasks[t]);
 }
 
-// The gradients of forward's x, weight and bias, and of `add` where there was one and a ReLU (y and
-// dadd are null else; without a ReLU the gradient of `add` is dy). `mean`, `inverse`: forward's.
-KNL_API void knl_norm_backward(const float* dy, const float* x, const float* y, int64_t rows,
-                               int64_t channels, const float* weight, const float* bias,
-                               const float* mean, const float* inverse, int relu, float* dx,
-                               float* dadd, float* dweight, float* dbias) {
+template <typename T>
+void backward(const T* dy, const T* x, const T* y, int64_t rows, int64_t channels,
+              const float* weight, const float* bias, const float* mean, const float* inverse,
+              bool relu, T* dx, T* dadd, float* dweight, float* dbias) {
     const std::vector<Task> tasks = tasks_of(rows, channels);
     const int64_t count = static_cast<int64_t>(tasks.size());
     const Relu kind = !relu ? kNone : y ? kFromOutput : kFromInput;
     std::vector<Sums> partial((tasks.back().part + 1) * channels);
     std::vector<float> scale(channels), shift(channels);
     affine_of(channels, weight, bias, mean, inverse, scale, shift);
-    const Given given{dy, x, y, scale.data(), shift.data(), mean};
+    const Given<T> given{dy, x, y, scale.data(), shift.data(), mean};
 
 #pragma omp parallel for schedule(static)
     for (int64_t t = 0; t < count; ++t)
@@ -332,9 +325,48 @@ KNL_API void knl_norm_backward(const float* dy, const float* x, const float* y, 
         dweight[c] = static_cast<float>(total[c].product * inverse[c]);
         dbias[c] = static_cast<float>(total[c].gradient);
     }
-    const bool stream = streams(rows, channels, dx);
+    const bool stream = streams(rows, channels, sizeof(T), dx);
 
 #pragma omp parallel for schedule(static)
     for (int64_t t = 0; t < count; ++t)
         spread_task(kind, stream, given, line, dx, dadd, channels, tasks[t]);
+}
+
+}  // namespace
+
+// y = weight (x - mean) / sqrt(variance + eps) + bias, plus `add` where it is not null, then ReLU
+// where wanted. All of [rows][channels]. Returns the batch's mean and 1 / sqrt(variance + eps), and
+// moves the running statistics by `momentum` (of the variance: the unbiased one).
+KNL_API void knl_norm_forward(const float* x, const float* add, float* y, int64_t rows,
+                              int64_t channels, const float* weight, const float* bias, double eps,
+                              double momentum, int relu, float* running_mean, float* running_var,
+                              float* mean, float* inverse) {
+    forward(x, add, y, rows, channels, weight, bias, eps, momentum, relu != 0, running_mean,
+            running_var, mean, inverse);
+}
+
+KNL_API void knl_norm_forward_bf16(const Half* x, const Half* add, Half* y, int64_t rows,
+                                   int64_t channels, const float* weight, const float* bias,
+                                   double eps, double momentum, int relu, float* running_mean,
+                                   float* running_var, float* mean, float* inverse) {
+    forward(x, add, y, rows, channels, weight, bias, eps, momentum, relu != 0, running_mean,
+            running_var, mean, inverse);
+}
+
+// The gradients of forward's x, weight and bias, and of `add` where there was one and a ReLU (y and
+// dadd are null else; without a ReLU the gradient of `add` is dy). `mean`, `inverse`: forward's.
+KNL_API void knl_norm_backward(const float* dy, const float* x, const float* y, int64_t rows,
+                               int64_t channels, const float* weight, const float* bias,
+                               const float* mean, const float* inverse, int relu, float* dx,
+                               float* dadd, float* dweight, float* dbias) {
+    backward(dy, x, y, rows, channels, weight, bias, mean, inverse, relu != 0, dx, dadd, dweight,
+             dbias);
+}
+
+KNL_API void knl_norm_backward_bf16(const Half* dy, const Half* x, const Half* y, int64_t rows,
+                                    int64_t channels, const float* weight, const float* bias,
+                                    const float* mean, const float* inverse, int relu, Half* dx,
+                                    Half* dadd, float* dweight, float* dbias) {
+    backward(dy, x, y, rows, channels, weight, bias, mean, inverse, relu != 0, dx, dadd, dweight,
+             dbias);
 }

@@ -20,7 +20,7 @@ from knl.choices import layout_problem, rule_layout
 from knl.comm.bootstrap import Bootstrap, together
 from knl.comm.collectives import Ranks, open_ranks
 from knl.comm.world import World
-from knl.config import Recipe, load_recipe, require_ranks_fit
+from knl.config import Recipe, load_recipe, require_cpu_fits, require_ranks_fit
 from knl.data.dataset import open_dataset
 from knl.data.packed import PackedDataset
 from knl.errors import CollectiveTimeoutError, FailedError, InputError, KnlError, say
@@ -37,6 +37,9 @@ from knl.train.staging import Staged, stage_on_nodes
 from knl.train.state import places, put_back, require_fit
 from knl.train.trainer import Trainer, set_interop_threads
 from knl.train.where import placement_of
+
+# Layouts that compute in float32 whatever they are told, and are not compiled.
+_WITH_LIMITS = ("blocked", "ipex")
 
 
 @dataclass(frozen=True)
@@ -234,23 +237,34 @@ def _load(name: str, overrides: Sequence[str], size: int) -> Recipe:
 
 def resolved(recipe: Recipe) -> Recipe:
     """With what the plan says where the recipe leaves it open. Raises InputError for a wrong
-    KNL_BUCKET_MB, and for a layout that the recipe's numbers or torch.compile cannot take."""
+    KNL_BUCKET_MB, for a layout that the recipe's numbers or torch.compile cannot take, and for
+    bfloat16 where it is slow."""
+    node = read_topology(Path("/"))
+    require_cpu_fits(recipe, node.isa)
     train, comm = recipe.train, recipe.comm
     why_not = layout_refusal(recipe)
+    if train.dtype == "bf16" and not hasattr(torch, "compile") and not train.slow_bf16:
+        raise InputError(
+            f"train.dtype = 'bf16': torch {torch.__version__} has no fast convolutions for it; use "
+            "train.dtype = 'fp32' or the modern stack, or --set train.slow_bf16=true to train with "
+            "it all the same"
+        )
     if train.layout == "auto":
-        layout = os.environ.get("KNL_LAYOUT", rule_layout(is_knl=False))
-        if layout == "blocked" and why_not:
+        layout = os.environ.get("KNL_LAYOUT", rule_layout(node))
+        if layout in _WITH_LIMITS and why_not:
             layout = "channels_last"
         train = msgspec.structs.replace(train, layout=layout)
-    elif train.layout == "blocked" and why_not:
-        raise InputError(f"train.layout = 'blocked': {why_not}; use 'auto' or 'channels_last'")
+    elif train.layout in _WITH_LIMITS and why_not:
+        raise InputError(
+            f"train.layout = {train.layout!r}: {why_not}; use 'auto' or 'channels_last'"
+        )
     if comm.bucket_mb == "auto":
         comm = msgspec.structs.replace(comm, bucket_mb=bucket_mb_of_plan())
     return msgspec.structs.replace(recipe, train=train, comm=comm)
 
 
 def layout_refusal(recipe: Recipe) -> str:
-    """Why a recipe's network cannot be in the blocked layout; "" where it can."""
+    """Why a recipe's network cannot be in the blocked layout, nor in IPEX's; "" where it can."""
     if recipe.train.dtype == "bf16":
         return "is float32 alone (train.dtype = 'bf16')"
     return "torch.compile does not take (train.compile = true)" if recipe.train.compile else ""
@@ -292,8 +306,8 @@ def _introduce(console: Console, trainer: Trainer, progress: Progress) -> None:
     )
     tell(console, os.environ.get(PLAN, "no plan: not bound, as it came"))
     why_not = layout_refusal(recipe)
-    if why_not and os.environ.get("KNL_LAYOUT") == "blocked":
-        tell(console, f"layout {recipe.train.layout} in place of the plan's: blocked {why_not}")
+    if why_not and (planned := os.environ.get("KNL_LAYOUT")) in _WITH_LIMITS:
+        tell(console, f"layout {recipe.train.layout} in place of the plan's: {planned} {why_not}")
     if problem := layout_problem(read_topology(Path("/")), recipe.train.layout):
         tell(console, f"{problem}; leave train.layout = 'auto'")
     if progress.step:

@@ -28,8 +28,8 @@ _OF_A_RUN = ("checkpoints", _METRICS, _TRUST, _RECIPE, "environment.json", "repo
 # What may be another when a run goes on: it leaves the trajectory as it is, up to rounding.
 _FREE = (
     "name", "comm.", "data.path", "data.prefetch_mb", "data.max_damaged", "train.layout",
-    "train.compile", "train.checkpoint_minutes", "train.keep_checkpoints", "train.on_nonfinite",
-    "train.max_skipped", "train.steps", "train.eval_every",
+    "train.slow_bf16", "train.compile", "train.checkpoint_minutes", "train.keep_checkpoints",
+    "train.on_nonfinite", "train.max_skipped", "train.steps", "train.eval_every",
 )  # fmt: skip
 ANEW = "--fresh starts anew without deleting anything"
 

@@ -98,6 +98,7 @@ def result(profile: Profile, path: Path) -> dict[str, Any]:
         "gain": gain.gain if gain else best / as_is if as_is else None,
         "gain_interval": [gain.gain_low, gain.gain_high] if gain else None,
         "images": profile.images,
+        "bf16_check": profile.bf16_check or None,
         "profile": str(path),
         "trials": msgspec.to_builtins(profile.trials),
     }

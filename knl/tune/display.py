@@ -66,6 +66,8 @@ def summary(profile: Profile) -> str:
     """The table of trials, best first, and the gain."""
     ranked = sorted(profile.trials, key=lambda t: (t.state != "complete", -t.images_per_s))
     lines = [describe(trial) for trial in ranked]
+    if profile.bf16_check:
+        lines.append(f"bf16: {profile.bf16_check}")
     if gain := profile.gain:
         over_rule = f"than the rule in {gain.sure_over_rule:.0%}"
         if gain.best_images_per_s == gain.rule_images_per_s:

@@ -15,6 +15,7 @@ from knl.errors import FailedError, KnlError
 from knl.placement import domains
 from knl.plan import plan_by_rule
 from knl.profile import Profile, Trial
+from knl.tune.accuracy import Check, check
 from knl.tune.allreduce import measured
 from knl.tune.compare import gain_of
 from knl.tune.display import Display
@@ -39,6 +40,8 @@ _NEIGHBOURS_FIRST = 8
 _HANGING = 4.0
 _SHORTEST_LIMIT_S = 30.0
 _START_S = 6.0
+# The accuracy check of bfloat16 may take this share of the time that is left.
+_CHECK_SHARE = 0.25
 # The one comparison may end this share of the budget after it.
 _LATE = 0.15
 
@@ -56,6 +59,7 @@ class Search:
         )
         # CCL_ALLREDUCE by ranks a node, as measured.
         self._allreduce: dict[int, str] = {}
+        self.bf16: Check | None = None  # None before it was asked for
         # Seconds that a trial of each kind took; guessed for those of an interrupted search.
         self.wall_s = {
             t.label: _START_S + sum(t.step_s) * (bench.steps + 1) / bench.steps
@@ -64,6 +68,8 @@ class Search:
 
     def run(self) -> None:
         """Trials until only the time to compare is left."""
+        if any(t.choices and t.choices.dtype == "bf16" for t in self.history.trials):
+            self._check_bf16()  # an interrupted search got that far
         known = {trial.label for trial in self.history.trials if trial.state == "complete"}
         if "as-is" not in known:
             self.measure("as-is", None)
@@ -143,6 +149,8 @@ class Search:
             shares = self.bench.images % choices.ranks_per_node == 0
             if not (shares and fits(self.bench.node, choices)):
                 return False
+            if choices.dtype == "bf16" and not self._check_bf16().passed:
+                return False
             return self._with_allreduce(choices) not in tried
 
         by_tpe = len(tried) > _NEIGHBOURS_FIRST and len(tried) % 2
@@ -150,6 +158,15 @@ class Search:
         if neighbour is None or by_tpe:
             neighbour = self.history.suggest(near, is_new) or neighbour
         return self._with_allreduce(neighbour) if neighbour else None
+
+    def _check_bf16(self) -> Check:
+        """Once, before the first trial in bfloat16: fast steps that learn nothing are no gain."""
+        if self.bf16 is None:
+            left = self.deadline - time.monotonic() - self._compare_s()
+            self.display.say("bf16: training a small network in it and in fp32")
+            self.bf16 = check(self.bench.environment, _CHECK_SHARE * max(left, 0.0))
+            self.display.say(f"bf16: {self.bf16.told}")
+        return self.bf16
 
     def _with_allreduce(self, choices: Choices) -> Choices:
         """The same with the algorithms that were measured for so many ranks, once: it takes
@@ -217,7 +234,9 @@ def search(
     if again and median(again["rule"]) < median(again["best"]):
         choices, again["best"] = state.rule, again["rule"]  # it was lucky when it was found
     gain = gain_of(bench.images, again) if again else None
-    return bench.profile(choices, gain, history.trials), finished
+    profile = bench.profile(choices, gain, history.trials)
+    told = state.bf16.told if state.bf16 else ""
+    return msgspec.structs.replace(profile, bf16_check=told), finished
 
 
 def sized(bench: Bench, budget_s: float, display: Display) -> Bench:

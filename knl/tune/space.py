@@ -8,11 +8,12 @@ from typing import Any
 import msgspec
 
 from knl.choices import Choices, allocators, find_library, layouts
+from knl.config import BF16_ISA
 from knl.errors import InputError
+from knl.packages import version_of
 from knl.placement import domains, place
 from knl.topology import Topology
 
-_BF16_ISA = ("avx512_bf16", "amx_bf16")
 # Below so many cores a reserved one costs more than it can bring.
 _CORES_TO_RESERVE_FROM = 16
 _MOST_THREADS_PER_CORE = 2
@@ -40,10 +41,15 @@ def space(
         "comm_workers": (None, 0, 1, 2, 3, 4) if cores >= _CORES_TO_RESERVE_FROM else (None, 1),
         "bucket_mb": (16.0, 4.0, 64.0) if max(ranks, default=1) > 1 else (16.0,),
         "memory": ("auto", "none") if node.memory_mode in ("flat", "hybrid") else ("auto",),
-        "dtype": ("fp32", "bf16") if set(_BF16_ISA) & set(node.isa) else ("fp32",),
+        "dtype": ("fp32", "bf16") if _has_bf16(node) else ("fp32",),
         "compile": (False, True) if with_compile else (False,),
     }
     return {name: values for name, values in found.items() if len(values) > 1}
+
+
+def _has_bf16(node: Topology) -> bool:
+    """Whether bfloat16 is fast; torch 1 has no convolutions for it but slow ones."""
+    return bool(set(BF16_ISA) & set(node.isa)) and not version_of("torch").startswith("1.")
 
 
 def fits(node: Topology, choices: Choices) -> bool:
@@ -68,8 +74,9 @@ def canonical(choices: Choices) -> Choices:
         same.update(comm_workers=None, allreduce="", bucket_mb=16.0)
     if choices.openmp == "libgomp" and choices.blocktime_ms != 0:  # it knows "passive" alone
         same.update(blocktime_ms=200)
-    if choices.layout == "blocked" and (choices.dtype == "bf16" or choices.compile):
-        same.update(layout="channels_last")  # blocked kernels are float32, and not compiled
+    limited = choices.layout in ("blocked", "ipex")  # they are float32, and not compiled
+    if limited and (choices.dtype == "bf16" or choices.compile):
+        same.update(layout="channels_last")
     return msgspec.structs.replace(choices, **same)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import msgspec
 import pytest
 
@@ -77,9 +79,10 @@ def test_elsewhere_channels_last_is_measured_too_and_kept(name, tmp_path):
 
 def test_without_our_onednn_the_next_best_is_taken_and_said(without_onednn, monkeypatch):
     monkeypatch.setattr(choices, "has_ipex", lambda: False)
-    assert (rule_layout(True), rule_layout(False)) == ("contiguous", "channels_last")
+    knl, other = read("quadrant-cache"), read("skx-alternating")
+    assert (rule_layout(knl), rule_layout(other)) == ("contiguous", "channels_last")
     monkeypatch.setattr(choices, "has_ipex", lambda: True)
-    assert (rule_layout(True), rule_layout(False)) == ("contiguous", "ipex")
+    assert (rule_layout(knl), rule_layout(other)) == ("contiguous", "ipex")
     plan = by_rule("quadrant-cache", 1)
     assert plan.env["KNL_LAYOUT"].value == "contiguous"
     (said,) = [
@@ -89,19 +92,30 @@ def test_without_our_onednn_the_next_best_is_taken_and_said(without_onednn, monk
     assert layouts(read("quadrant-cache")) == ["contiguous"]
 
 
+def test_a_cpu_without_avx2_for_which_our_onednn_has_no_kernels_gets_another_layout(monkeypatch):
+    monkeypatch.setattr(choices, "has_ipex", lambda: False)
+    old = replace(read("skx-alternating"), isa=("sse4_1", "avx"))
+    assert rule_layout(old) == "channels_last"
+
+
+@pytest.mark.parametrize("layout", ["blocked", "ipex"])
 @pytest.mark.parametrize("changes", [{"dtype": "bf16"}, {"compile": True}])
-def test_what_blocked_cannot_do_is_measured_in_channels_last(changes):
-    asked = Choices(ranks_per_node=1, layout="blocked", **changes)
+def test_what_a_layout_cannot_do_is_measured_in_channels_last(changes, layout):
+    asked = Choices(ranks_per_node=1, layout=layout, **changes)
     assert canonical(asked) == msgspec.structs.replace(asked, layout="channels_last")
 
 
+@pytest.mark.parametrize("layout", ["blocked", "ipex"])
 @pytest.mark.parametrize("change", ["train.dtype=bf16", "train.compile=true"])
-def test_a_recipe_that_blocked_cannot_take_gets_channels_last_or_is_refused(change, monkeypatch):
-    monkeypatch.setenv("KNL_LAYOUT", "blocked")
-    assert resolved(load_recipe("digits")).train.layout == "blocked"
-    assert resolved(load_recipe("digits", [change])).train.layout == "channels_last"
+def test_a_recipe_that_a_layout_cannot_take_gets_channels_last_or_is_refused(
+    change, layout, monkeypatch
+):
+    monkeypatch.setenv("KNL_LAYOUT", layout)
+    settings = [change, "train.slow_bf16=true"]
+    assert resolved(load_recipe("digits")).train.layout == layout
+    assert resolved(load_recipe("digits", settings)).train.layout == "channels_last"
     with pytest.raises(InputError) as refusal:
-        resolved(load_recipe("digits", [change, "train.layout=blocked"]))
+        resolved(load_recipe("digits", [*settings, f"train.layout={layout}"]))
     key, _, value = change.partition("=")
     assert f"{key} = " in str(refusal.value)
     assert value in str(refusal.value)

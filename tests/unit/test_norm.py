@@ -87,6 +87,56 @@ def test_output_gradients_and_statistics_are_torchs(shape, relu, with_residual):
     require_like_torch(shape, relu, with_residual)
 
 
+def require_rounded_float(shape, relu: bool, with_residual: bool) -> None:
+    """In bfloat16 to the bit what float32 gives for the same numbers, rounded to nearest."""
+    names = ("output", "x", "weight", "bias", "residual")
+    numbers = [channels_last(*shape, seed=n).bfloat16() for n in range(3)]
+    results, statistics = [], []
+    for dtype in (torch.float32, torch.bfloat16):
+        x, residual, dy = (values.to(dtype) for values in numbers)
+        module = made(shape[1], relu)
+        y, gradients = by_kernels(module, x, residual if with_residual else None, dy)
+        results.append([y.detach(), *gradients])
+        statistics.append([module.running_mean, module.running_var])
+    for name, wanted, found in zip(names, *results):
+        kept = name in ("weight", "bias")  # parameters' gradients are not rounded
+        assert found.dtype == (torch.float32 if kept else torch.bfloat16), name
+        assert torch.equal(found, wanted if kept else wanted.bfloat16()), name
+    assert all(map(torch.equal, *statistics))
+
+
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("shape", [*SHAPES, LARGE, WIDE, ODD])
+def test_bfloat16_is_float32_rounded_once(shape, relu, with_residual):
+    require_rounded_float(shape, relu, with_residual)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    samples=st.integers(2, 5), channels=st.integers(1, 70), height=st.integers(1, 12),
+    width=st.integers(1, 12), relu=st.booleans(), residual=st.booleans(),
+)  # fmt: skip
+def test_every_shape_in_bfloat16_is_float32_rounded(
+    samples, channels, height, width, relu, residual
+):
+    require_rounded_float((samples, channels, height, width), relu, residual)
+
+
+@pytest.mark.parametrize("shape", [(4, 17, 5, 3), (8, 64, 14, 14)])
+def test_bfloat16_is_like_torch_in_double_precision(shape):
+    module = made(shape[1], True)
+    x, residual, dy = (channels_last(*shape, seed=n).bfloat16() for n in range(3))
+    wanted, wanted_gradients, reference = in_double(module, x, residual, dy)
+    found, gradients = by_kernels(module, x, residual, dy)
+    half_a_step = wanted.abs() * 2**-8 + 1e-6
+    assert ((found.double() - wanted).abs() <= half_a_step).all()
+    for a, b in zip(gradients, wanted_gradients):
+        assert (a.double() - b).norm() <= 2**-8 * b.norm()
+    require_close(module.running_mean, reference.running_mean, "running mean")
+    require_close(module.running_var, reference.running_var, "running variance")
+
+
 @settings(deadline=None, max_examples=30)
 @given(
     samples=st.integers(2, 5), channels=st.integers(1, 70), height=st.integers(1, 12),
@@ -119,11 +169,15 @@ def test_the_number_of_threads_does_not_change_a_bit(shape):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))
 
 
-def test_a_number_that_is_not_finite_comes_through():
-    x = channels_last(2, 4, 3, 3)
-    x[1, 2, 0, 0] = float("nan")
-    y = made(4, True)(x.requires_grad_())
-    assert y[:, 2].isnan().all() and y[:, [0, 1, 3]].isfinite().all()
+@pytest.mark.parametrize("channels", [4, 40])  # fewer than a vector has, and more
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_number_that_is_not_finite_comes_through(value, dtype, channels):
+    x = channels_last(2, channels, 3, 3)
+    x[1, 2, 0, 0] = value
+    y = made(channels, True)(x.to(dtype).requires_grad_())
+    others = [c for c in range(channels) if c != 2]
+    assert y[:, 2].isnan().all() and y[:, others].isfinite().all()
 
 
 def test_a_gradient_in_another_layout_counts_the_same():
@@ -142,6 +196,14 @@ def test_shapes_that_do_not_fit_are_torchs_to_judge():
     reference, module = nn.BatchNorm2d(6), made(6, True)
     reference.load_state_dict(module.state_dict())
     assert torch.allclose(module(x, residual), torch.relu(reference(x) + residual), atol=1e-6)
+
+
+def test_types_that_differ_are_torchs_to_judge():
+    x, residual = channels_last(2, 6, 5, 5).bfloat16(), channels_last(2, 6, 5, 5, seed=1)
+    module = made(6, True)
+    assert module._fused(x, residual.bfloat16())
+    assert not module._fused(x, residual)
+    assert not module.bfloat16()._fused(x, residual.bfloat16())
 
 
 @pytest.mark.parametrize("case", ["layout", "type", "evaluation", "no gradients", "no momentum"])
