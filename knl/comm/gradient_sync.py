@@ -13,13 +13,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from knl.comm.agreement import Named, flat, require_same, require_same_layout
-from knl.comm.collectives import Handle, Ranks, waiting_for
+from knl.comm.collectives import Handle, NarrowSum, Ranks, waiting_for
 from knl.comm.node import SharedNode
 from knl.comm.shared_memory import NodeUnavailable
-from knl.errors import say
+from knl.errors import InputError, say
 
 Arrival = tuple[Sequence[int], Sequence[Optional[torch.Tensor]]]
 
@@ -48,8 +50,11 @@ class GradientSync:
 
     `carry`: how many numbers; `bucket_bytes`: size at which a bucket is closed;
     `first_bucket_bytes`: of the first one, small so that communication starts early. `timeout`:
-    seconds to wait for a bucket.
-    Raises FailedError when the ranks' models or sizes of buckets differ.
+    seconds to wait for a bucket. `narrow`: gradients are bfloat16 on the wire between nodes; the
+    buckets, sums within a node in shared memory and what is carried, which then travels on its
+    own, stay float32.
+    Raises FailedError when the ranks' models or sizes of buckets differ, InputError when the
+    provider adds no bfloat16 up.
     """
 
     def __init__(
@@ -61,6 +66,7 @@ class GradientSync:
         first_bucket_bytes: int,
         timeout: float,
         carry: int = 1,
+        narrow: bool = False,
     ) -> None:
         self.parameters = [parameter for _, parameter in named]
         self.names = [name for name, _ in named]
@@ -69,6 +75,8 @@ class GradientSync:
         self.buckets: list[Bucket] = []
         self.waited = 0.0
         self.carried = torch.zeros(carry)
+        self._narrow = narrow
+        self._carrying: Handle | None = None  # the carried numbers' sum, where it is one of its own
         self._arrived: list[int] | None = []  # order of the first backward; None once it is known
         self._armed = self._stepped = False
         self._next = 0  # buckets start in order, the same on every rank
@@ -78,8 +86,11 @@ class GradientSync:
             make_dense(parameter)
         if ranks.world.size == 1:
             return
+        if narrow:
+            self._require_bf16()
         require_same_layout(ranks, named, timeout)
         sizes = {"comm.bucket_mb": bucket_bytes, "comm.first_bucket_mb": first_bucket_bytes}
+        sizes["comm.dtype"] = int(narrow)
         require_same(ranks, list(sizes), list(sizes.values()), "the buckets", timeout)
         for name, parameter in named:
             with waiting_for(f"rank 0's first {name}"):
@@ -125,6 +136,13 @@ class GradientSync:
             yield bucket.members, bucket.gradients
             began = time.perf_counter()
 
+    def squares(self, members: Sequence[int]) -> NDArray[np.float64] | None:
+        """The sums of squares of the gradients that came with these `members`, as Lars.update takes
+        them, until the next step; None where those who summed the gradients have not made them."""
+        if not self.buckets or self._node is None:
+            return None
+        return self._node.squares(self._bucket_of[members[0]].buffer)
+
     def finish(self) -> None:
         """Wait until every bucket is summed; raises as `arrivals` does."""
         for _ in self.arrivals():
@@ -149,6 +167,21 @@ class GradientSync:
         first = self.names[bucket.members[0]]
         with waiting_for(f"gradient bucket {number + 1} of {len(self.buckets)} (from {first})"):
             bucket.handle.wait(self.timeout)
+            if number == 0 and self._carrying is not None:
+                self._carrying.wait(self.timeout)
+
+    def _require_bf16(self) -> None:
+        provider = self.ranks.collectives
+        if provider.no_bf16:
+            raise InputError(
+                f"comm.dtype = 'bf16': provider {provider.name}: {provider.no_bf16}; use "
+                "comm.dtype = 'fp32', or --provider oneccl"
+            )
+        if self._node is not None and self._node.between is None and self.ranks.world.rank == 0:
+            say(
+                "comm.dtype = 'bf16' has no effect on one node: its ranks add float32 up in "
+                "shared memory"
+            )
 
     def _hook(self, number: int) -> Any:
         # The node exists as long as somebody holds it, so it is returned to be kept.
@@ -173,9 +206,18 @@ class GradientSync:
             bucket = self.buckets[self._next]
             if bucket.missing > 0 and not complete:
                 return
+            if self._next == 0 and self._narrow:
+                self._carrying = self.ranks.collectives.allreduce(self.carried)
             # Later buckets hold the layers that the next forward needs first.
-            bucket.handle = self.ranks.collectives.allreduce(bucket.buffer, priority=self._next)
+            bucket.handle = self._sum(bucket.buffer, self._next)
             self._next += 1
+
+    def _sum(self, buffer: torch.Tensor, priority: int) -> Handle:
+        if not self._narrow or buffer.dtype != torch.float32:
+            return self.ranks.collectives.allreduce(buffer, priority)
+        if self._node is not None:
+            return self._node.allreduce(buffer, priority, narrow=True)
+        return NarrowSum(self.ranks.collectives, buffer, priority)
 
     def _lay_out(self, order: Sequence[int]) -> None:
         """Make buckets for the parameters in this order and point p.grad into them."""
@@ -186,7 +228,8 @@ class GradientSync:
         self._bucket_of: dict[int, Bucket] = {}
         for parameter in self.parameters:
             parameter.grad = None
-        for members, buffer in zip(groups, self._buffers(groups)):
+        buffers = self._buffers(groups)
+        for members, buffer in zip(groups, buffers):
             gradients, offset = [], 0
             for number in members:
                 parameter = self.parameters[number]
@@ -198,17 +241,22 @@ class GradientSync:
                 self.parameters[number].grad = gradient
                 self._bucket_of[number] = bucket
 
-        self.carried = self.buckets[0].buffer[-self.carried.numel() :]
+        self.carried = buffers[-1 if self._narrow else 0][-self.carried.numel() :]
 
     def _buffers(self, groups: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         """Zeros for each group, in memory of the node where its ranks sum there; in the first with
-        room for what is carried."""
-        sizes = [sum(self.parameters[n].numel() for n in members) for members in groups]
-        sizes[0] += self.carried.numel()
+        room for what is carried, or with narrow gradients in one more."""
+        runs = [[self.parameters[n].numel() for n in members] for members in groups]
+        sizes = [sum(run) for run in runs]
         dtypes = [self.parameters[members[0]].dtype for members in groups]
+        if self._narrow:
+            sizes, dtypes = [*sizes, self.carried.numel()], [*dtypes, torch.float32]
+            runs.append([])
+        else:
+            sizes[0] += self.carried.numel()
         if self._node is not None and set(dtypes) == {torch.float32}:
             try:
-                return self._node.buffers(sizes)
+                return self._node.buffers(sizes, runs)
             except NodeUnavailable as reason:
                 self._node = None
                 if self.ranks.world.rank == 0:

@@ -8,7 +8,7 @@ Each rank keeps its buffers in a segment that the others of its node map. A sum 
 4. Each rank writes its slice's sum into all buffers, and notes that. When all have, the round ends.
 
 So within a node nothing is copied into a library's buffers and back: memory is read once and
-written once.
+written once. Whoever writes a sum leaves its squares as well, for LARS.
 """
 
 from __future__ import annotations
@@ -19,17 +19,21 @@ import platform
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from knl import native
 from knl.comm.bootstrap import Bootstrap
-from knl.comm.collectives import Collectives, Handle
-from knl.comm.shared_memory import PAGE, NodeUnavailable, Segments
+from knl.comm.collectives import Collectives, Handle, NarrowSum
+from knl.comm.shared_memory import NodeUnavailable, Segments
 from knl.comm.world import World
 from knl.errors import CollectiveTimeoutError
 
-_SLICE = PAGE // 4  # floats: slices end on pages
+_LINE = 16  # floats
 # A wait comes back to Python so often, where signals are handled.
 _POLL_S = 0.1
 
@@ -59,7 +63,7 @@ def share_node(
         between = collectives.split(rails)
     node = SharedNode(world, bootstrap, collectives, groups, between)
     try:
-        node.buffers([_SLICE])
+        node.buffers([_LINE])
     except NodeUnavailable as reason:
         if between is not None:
             between.close()
@@ -84,29 +88,59 @@ class SharedNode:
     ) -> None:
         self.name = collectives.name
         self.version = f"{collectives.version}, within the node in shared memory"
+        self.no_bf16 = collectives.no_bf16
         self.inner, self.between, self._bootstrap = collectives, between, bootstrap
         self._rank = world.rank
         self.ranks = next(list(group) for group in groups if world.rank in group)
         self.place = self.ranks.index(world.rank)
         self._kernels = _declare(native.load_kernels())
-        self._slots: dict[int, tuple[Segments, int]] = {}
+        self._slots: dict[int, _Buffer] = {}  # by address
         self._filled: deque[_Round] = deque()  # rounds whose sums this rank has yet to make
 
-    def buffers(self, sizes: Sequence[int]) -> list[torch.Tensor]:
-        """Float32 zeros of these sizes, in memory of the node; the former ones are given up. Every
-        rank calls with the same sizes. Raises NodeUnavailable, on every rank alike."""
+    def buffers(
+        self, sizes: Sequence[int], runs: Sequence[Sequence[int]] = ()
+    ) -> list[torch.Tensor]:
+        """Float32 zeros of these sizes, in memory of the node; the former ones are given up.
+        `runs`: the lengths of the tensors that each begins with, whose `squares` are wanted. Every
+        rank calls with the same. Raises NodeUnavailable, on every rank alike."""
+        runs = runs or [()] * len(sizes)
         self._slots = {}
-        segment = Segments(self._bootstrap, self.ranks, self._rank, sizes)
-        self._slots = {t.data_ptr(): (segment, n) for n, t in enumerate(segment.tensors)}
-        return segment.tensors
+        piece = int(self._kernels.knl_piece())
+        ends = [_ends(run, size, piece) for run, size in zip(runs, sizes)]
+        # Behind each buffer lie the squares of its pieces, as doubles.
+        starts = [-(-size // _LINE) * _LINE for size in sizes]
+        rooms = [start + 2 * len(each) for start, each in zip(starts, ends)]
+        segment = Segments(self._bootstrap, self.ranks, self._rank, rooms)
+        for slot, memory in enumerate(segment.tensors):
+            wanted = int(np.searchsorted(ends[slot], sum(runs[slot]), side="right"))
+            self._slots[memory.data_ptr()] = _Buffer(
+                segment,
+                slot,
+                memory[: sizes[slot]],
+                ends[slot],
+                segment.buffers[slot] + np.uint64(4 * starts[slot]),
+                memory[starts[slot] :].numpy().view(np.float64)[:wanted],
+            )
+        return [buffer.tensor for buffer in self._slots.values()]
 
-    def allreduce(self, tensor: torch.Tensor, priority: int = 0) -> Handle:
-        found = self._slots.get(tensor.data_ptr())
-        if found is None or found[0].sizes[found[1]] != tensor.numel():
+    def squares(self, tensor: torch.Tensor) -> NDArray[np.float64] | None:
+        """The sums of squares of the `runs` in a buffer's last sum, a number a piece of each
+        (native/squares.h), until its next; None for a tensor that the provider sums."""
+        buffer = self._find(tensor)
+        return buffer.squares if buffer else None
+
+    def allreduce(self, tensor: torch.Tensor, priority: int = 0, narrow: bool = False) -> Handle:
+        """`narrow`: of a buffer's sums, send those between nodes as bfloat16."""
+        buffer = self._find(tensor)
+        if buffer is None:
             return self.inner.allreduce(tensor, priority)
-        started = _Round(self, *found, priority)
+        started = _Round(self, buffer, priority, narrow)
         self._filled.append(started)
         return started
+
+    def _find(self, tensor: torch.Tensor) -> _Buffer | None:
+        buffer = self._slots.get(tensor.data_ptr())
+        return buffer if buffer and buffer.tensor.numel() == tensor.numel() else None
 
     def advance(self, seconds: float = 0.0) -> None:
         """Make this rank's part of the sums that all ranks of the node have come to; wait so long
@@ -129,17 +163,36 @@ class SharedNode:
         self.inner.close()
 
 
+@dataclass
+class _Buffer:
+    """One of each rank of the node. `tensor`, `squares`: this rank's, the latter of what is wanted;
+    `ends`: of its pieces; `squares_at`: where each rank keeps those of all pieces."""
+
+    segment: Segments
+    slot: int
+    tensor: torch.Tensor
+    ends: NDArray[np.int64]
+    squares_at: NDArray[np.uint64]
+    squares: NDArray[np.float64]
+
+    def slice_of(self, place: int, places: int) -> tuple[int, int]:
+        """The first piece of one of so many ranks, and the first of the next one's."""
+        size = self.tensor.numel()
+        bounds = [size * place // places, size * (place + 1) // places]
+        first, last = np.searchsorted(self.ends, bounds, side="right")
+        return int(first), int(last)
+
+
 class _Round:
     """One sum under way. Goes on when it is asked whether it is done."""
 
-    def __init__(self, node: SharedNode, segment: Segments, slot: int, priority: int) -> None:
-        self._node, self._segment, self._slot = node, segment, slot
+    def __init__(self, node: SharedNode, buffer: _Buffer, priority: int, narrow: bool) -> None:
+        self._node, self._buffer, self._narrow = node, buffer, narrow
+        self._segment, self._slot = buffer.segment, buffer.slot
         self._kernels, self._priority = node._kernels, priority
-        segment.rounds[slot] += 1
-        self._round = segment.rounds[slot]
-        size, ranks = segment.sizes[slot], len(node.ranks)
-        ends = [size * n // ranks // _SLICE * _SLICE for n in range(ranks)] + [size]
-        self._begin, self._end = ends[node.place], ends[node.place + 1]
+        self._segment.rounds[self._slot] += 1
+        self._round = self._segment.rounds[self._slot]
+        self._first, self._last = buffer.slice_of(node.place, len(node.ranks))
         self._state = "filled"
         self._between: Handle | None = None
         self._note("filled")
@@ -176,16 +229,21 @@ class _Round:
         ranks, place, between = len(self._node.ranks), self._node.place, self._node.between
         first, last = (0, ranks) if between is None else (place, place + 1)
         self._kernels.knl_node_sum(
-            self._segment.buffers[self._slot].ctypes.data, ranks, first, last,
-            self._begin, self._end,
-        )  # fmt: skip
-        if between is None:
+            self._segment.buffers[self._slot].ctypes.data, ranks, first, last, *self._pieces()
+        )
+        if between is None or self._first == self._last:  # or a slice of nothing, on every node
             self._note("spread")
-        elif self._begin < self._end:
-            mine = self._segment.tensors[self._slot][self._begin : self._end]
-            self._between, self._state = between.allreduce(mine, self._priority), "between"
-        else:  # a slice of nothing, on every node
-            self._note("spread")
+            return
+        ends = self._buffer.ends
+        begin = ends[self._first - 1] if self._first else 0
+        mine = self._buffer.tensor[begin : ends[self._last - 1]]
+        start = partial(NarrowSum, between) if self._narrow else between.allreduce
+        self._between, self._state = start(mine, self._priority), "between"
+
+    def _pieces(self) -> tuple[int, int, int, int]:
+        """This rank's slice, as the kernels take it."""
+        buffer = self._buffer
+        return buffer.ends.ctypes.data, self._first, self._last, buffer.squares_at.ctypes.data
 
     def _between_done(self, seconds: float) -> bool:
         assert self._between is not None  # set with this state
@@ -200,7 +258,7 @@ class _Round:
     def _spread(self) -> None:
         self._kernels.knl_node_spread(
             self._segment.buffers[self._slot].ctypes.data, len(self._node.ranks),
-            self._node.place, self._begin, self._end,
+            self._node.place, *self._pieces(),
         )  # fmt: skip
         self._note("spread")
 
@@ -217,10 +275,24 @@ class _Round:
         return f"not done after {timeout:g} s, rank(s) {listed} of this node did not come"
 
 
+def _ends(run: Sequence[int], size: int, piece: int) -> NDArray[np.int64]:
+    """Where the pieces of a buffer end: those of its tensors, and of what comes after them."""
+    ends: list[int] = []
+    at = 0
+    for length in (*run, size - sum(run)):
+        ends += range(at + piece, at + length, piece)
+        at += length
+        ends += [at] if length else []
+    return np.array(ends, dtype=np.int64)
+
+
 def _declare(kernels: ctypes.CDLL) -> ctypes.CDLL:
     pointer, number, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     kernels.knl_node_note.argtypes = [pointer, number, ctypes.c_uint64]
     kernels.knl_node_wait.argtypes = [pointer, number, number, ctypes.c_uint64, ctypes.c_double]
-    kernels.knl_node_sum.argtypes = [pointer, number, number, number, size, size]
-    kernels.knl_node_spread.argtypes = [pointer, number, number, size, size]
+    kernels.knl_piece.restype = size
+    kernels.knl_node_sum.argtypes = [
+        pointer, number, number, number, pointer, size, size, pointer
+    ]  # fmt: skip
+    kernels.knl_node_spread.argtypes = [pointer, number, number, pointer, size, size, pointer]
     return kernels

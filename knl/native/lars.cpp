@@ -2,8 +2,9 @@
 //
 // A norm has to be known before the update that depends on it, and memory is the limit, so:
 // - The squares of the new weights are added up by the update, which has them in registers: the
-//   next call finds the weights' norm made. Only gradients are read twice.
-// - They come from memory once where the two readings lie close together: tensors are taken in
+//   next call finds the weights' norm made. Only gradients are read twice, and they are not either
+//   where who summed them over the ranks has left their squares (node_sum.cpp).
+// - Gradients come from memory once where the two readings lie close together: tensors are taken in
 //   waves that fit into the threads' L2 caches, and each thread updates the very pieces whose
 //   squares it has just added up. A wave costs one barrier whatever its tensors' number.
 
@@ -15,23 +16,16 @@
 #include <cstdint>
 #include <vector>
 
+#include "squares.h"
+
 #define KNL_API extern "C" __attribute__((visibility("default")))
-// One build runs on every node: KNL takes avx512f, AMD Zen 3 and older Xeons avx2.
-#define KNL_MULTIVERSION __attribute__((target_clones("avx512f", "avx2", "default")))
 
 namespace {
 
-// Pieces have a fixed length, so the order in which their squares are added, and with it every bit
-// of the result, does not depend on the number of threads. Many a thread, so that all get alike.
-constexpr int64_t kPiece = 4096;
 // A thread's gradients of a wave may take this share of an L2 cache: two cores share one on a KNL,
 // and weights and momentum pass through it as well.
 constexpr int64_t kCacheShare = 4;
 constexpr int64_t kUsualCache = 1 << 20;
-// Elements: a cache line of floats, and how far ahead one is asked for (the hardware's own
-// prefetching leaves a fifth of the bandwidth unused).
-constexpr int64_t kLine = 16;
-constexpr int64_t kAhead = 512;
 
 enum Form { kPaper, kTorch, kNus, kLarc, kSgd };
 
@@ -67,67 +61,20 @@ struct Squares {
     double weight, gradient;
 };
 
-typedef float Floats __attribute__((vector_size(32), aligned(4), may_alias));
-typedef uint16_t Halves __attribute__((vector_size(16), aligned(2), may_alias));
-typedef uint32_t Words __attribute__((vector_size(32)));
-typedef double Doubles __attribute__((vector_size(64)));
-
-#define KNL_INLINE inline __attribute__((always_inline))
-
-KNL_INLINE float widened(float value) { return value; }
-
-KNL_INLINE float widened(uint16_t bf16) {  // the upper half of a float
-    const uint32_t bits = static_cast<uint32_t>(bf16) << 16;
-    float value;
-    __builtin_memcpy(&value, &bits, sizeof value);
-    return value;
+template <typename Doubles>
+KNL_INLINE double squares_in(const void* x, bool bf16, int64_t begin, int64_t end) {
+    if (bf16) return squares<Doubles>(static_cast<const uint16_t*>(x) + begin, end - begin);
+    return squares<Doubles>(static_cast<const float*>(x) + begin, end - begin);
 }
 
-KNL_INLINE void load(Floats& to, const float* from) { to = *reinterpret_cast<const Floats*>(from); }
-
-KNL_INLINE void load(Floats& to, const uint16_t* from) {
-    const Halves halves = *reinterpret_cast<const Halves*>(from);
-    to = reinterpret_cast<Floats>(__builtin_convertvector(halves, Words) << 16);
+KNL_TARGET("avx512f") double squares_of(const void* x, bool bf16, int64_t begin, int64_t end) {
+    return squares_in<Wide>(x, bf16, begin, end);
 }
-
-// Sums of squares in double: a float sum over 25 M squares is off by more than 1 %. Each lane adds
-// on its own, in the same order whether numbers come from memory or from an update.
-struct Sum {
-    Doubles low{}, high{};
-    double rest = 0.0;
-
-    KNL_INLINE void add(const Floats& first, const Floats& second) {
-        const Doubles a = __builtin_convertvector(first, Doubles);
-        const Doubles b = __builtin_convertvector(second, Doubles);
-        low += a * a;
-        high += b * b;
-    }
-    KNL_INLINE void add(float value) { rest += static_cast<double>(value) * value; }
-    KNL_INLINE double total() const {
-        double sum = rest;
-        for (int k = 0; k < 8; ++k) sum += low[k] + high[k];
-        return sum;
-    }
-};
-
-template <typename Number>
-KNL_INLINE double squares(const Number* x, int64_t n) {
-    Sum sum;
-    int64_t i = 0;
-    for (; i + kLine <= n; i += kLine) {
-        __builtin_prefetch(x + i + kAhead);
-        Floats first, second;
-        load(first, x + i);
-        load(second, x + i + kLine / 2);
-        sum.add(first, second);
-    }
-    for (; i < n; ++i) sum.add(widened(x[i]));
-    return sum.total();
+KNL_TARGET("avx2") double squares_of(const void* x, bool bf16, int64_t begin, int64_t end) {
+    return squares_in<Narrow>(x, bf16, begin, end);
 }
-
-KNL_MULTIVERSION double squares_of(const void* x, bool bf16, int64_t begin, int64_t end) {
-    if (bf16) return squares(static_cast<const uint16_t*>(x) + begin, end - begin);
-    return squares(static_cast<const float*>(x) + begin, end - begin);
+KNL_TARGET("default") double squares_of(const void* x, bool bf16, int64_t begin, int64_t end) {
+    return squares_in<Narrow>(x, bf16, begin, end);
 }
 
 struct Factors {
@@ -137,9 +84,9 @@ struct Factors {
 };
 
 // v = m v + a (scale g + decay w);  w -= b v. Returns the sum of squares of the new weights.
-template <typename Gradient>
-KNL_INLINE double update(float* w, const Gradient* g, float* v, int64_t n, const Factors& f) {
-    Sum sum;
+template <typename Doubles, typename Gradient>
+KNL_INLINE double update(float* w, const Gradient* g, float* v, int64_t n, const Factors f) {
+    Sum<Doubles> sum;
     int64_t i = 0;
     for (; i + kLine <= n; i += kLine) {
         __builtin_prefetch(w + i + kAhead, 1);
@@ -155,8 +102,8 @@ KNL_INLINE double update(float* w, const Gradient* g, float* v, int64_t n, const
             const Floats decayed = f.scale * gradient + f.decay * weight;
             velocity = f.momentum * velocity + f.into_velocity * decayed;
             moved[half] = weight - f.into_weight * velocity;
-            *reinterpret_cast<Floats*>(v + k) = velocity;
-            *reinterpret_cast<Floats*>(w + k) = moved[half];
+            store(v + k, velocity);
+            store(w + k, moved[half]);
         }
         sum.add(moved[0], moved[1]);
     }
@@ -168,11 +115,23 @@ KNL_INLINE double update(float* w, const Gradient* g, float* v, int64_t n, const
     return sum.total();
 }
 
-KNL_MULTIVERSION double update_piece(const Tensor& t, const Piece& p, const Factors& f) {
+template <typename Doubles>
+KNL_INLINE double update_in(const Tensor& t, const Piece& p, const Factors& f) {
     const int64_t n = p.end - p.begin;
     float *w = t.weight + p.begin, *v = t.momentum + p.begin;
-    if (t.bf16) return update(w, static_cast<const uint16_t*>(t.gradient) + p.begin, v, n, f);
-    return update(w, static_cast<const float*>(t.gradient) + p.begin, v, n, f);
+    if (t.bf16)
+        return update<Doubles>(w, static_cast<const uint16_t*>(t.gradient) + p.begin, v, n, f);
+    return update<Doubles>(w, static_cast<const float*>(t.gradient) + p.begin, v, n, f);
+}
+
+KNL_TARGET("avx512f") double update_piece(const Tensor& t, const Piece& p, const Factors& f) {
+    return update_in<Wide>(t, p, f);
+}
+KNL_TARGET("avx2") double update_piece(const Tensor& t, const Piece& p, const Factors& f) {
+    return update_in<Narrow>(t, p, f);
+}
+KNL_TARGET("default") double update_piece(const Tensor& t, const Piece& p, const Factors& f) {
+    return update_in<Narrow>(t, p, f);
 }
 
 std::vector<Piece> split(std::vector<Tensor>& tensors) {
@@ -190,11 +149,15 @@ std::vector<Piece> split(std::vector<Tensor>& tensors) {
     return pieces;
 }
 
-// Whole tensors, as many as fit into the threads' caches; one that does not fit is a wave alone.
-std::vector<Wave> waves_of(const std::vector<Tensor>& tensors, int threads) {
+// Elements of a wave whose gradients fit into the threads' caches.
+int64_t cached_elements(int threads) {
     const long cache = sysconf(_SC_LEVEL2_CACHE_SIZE);
     const int64_t share = (cache > 0 ? cache : kUsualCache) / kCacheShare;
-    const int64_t most = share * threads / static_cast<int64_t>(sizeof(float));
+    return share * threads / static_cast<int64_t>(sizeof(float));
+}
+
+// Whole tensors of at most so many elements; a larger one is a wave alone.
+std::vector<Wave> waves_of(const std::vector<Tensor>& tensors, int64_t most) {
     std::vector<Wave> waves;
     int64_t elements = 0;
     for (const Tensor& tensor : tensors) {
@@ -261,9 +224,11 @@ Factors factors_of(const Settings& s, const Tensor& tensor, double trust) {
             static_cast<float>(s.scale), tensor.decay};
 }
 
-void add_squares(const Tensor& tensor, int number, const Piece& piece,
+// Those that nobody has made yet.
+void add_squares(const Tensor& tensor, int number, const Piece& piece, bool given,
                  std::vector<double>& gradient_squares) {
-    gradient_squares[number] = squares_of(tensor.gradient, tensor.bf16, piece.begin, piece.end);
+    if (!given)
+        gradient_squares[number] = squares_of(tensor.gradient, tensor.bf16, piece.begin, piece.end);
     if (!tensor.known)
         tensor.weight_squares[number - tensor.first_piece] =
             squares_of(tensor.weight, false, piece.begin, piece.end);
@@ -294,14 +259,16 @@ KNL_API int64_t knl_lars_pieces(int64_t size) { return (size + kPiece - 1) / kPi
 // for knl_lars_pieces(sizes[t]) sums, kept from call to call; known[t] says that the weights are as
 // the last call left them. decays[t] is the tensor's weight decay; adapts[t] 0 leaves its trust
 // ratio at 1. The gradient is scaled by `scale` wherever it is used. trusts[t] returns the ratio
-// applied. Returns -1, or the first tensor whose norm is not finite: it and those of its wave and
-// after are left as they were, and no weight_squares are known.
+// applied. `squares`, where it is not null: those of the gradients, a sum a piece, tensor after
+// tensor; then nothing is read twice. Returns -1, or the first tensor whose norm is not finite: it
+// and those of its wave and after are left as they were, and no weight_squares are known.
 KNL_API int knl_lars_update(int form, int count, float* const* weights,
                             const void* const* gradients, float* const* momenta,
                             double* const* weight_squares, const int64_t* sizes,
                             const float* decays, const uint8_t* adapts, const uint8_t* bf16,
                             const uint8_t* known, double lr, double momentum, double eta,
-                            double max_trust, double scale, double* trusts) {
+                            double max_trust, double scale, double* trusts,
+                            const double* squares) {
     const Settings settings{form, lr, momentum, eta, max_trust, scale};
     std::vector<Tensor> tensors;
     tensors.reserve(count);
@@ -310,6 +277,7 @@ KNL_API int knl_lars_update(int form, int count, float* const* weights,
                            decays[t], adapts[t] != 0, bf16[t] != 0, known[t] != 0, 0, 0});
     const std::vector<Piece> pieces = split(tensors);
     std::vector<double> gradient_squares(pieces.size()), moved_squares(pieces.size());
+    if (squares) std::copy(squares, squares + pieces.size(), gradient_squares.begin());
     std::vector<Wave> waves;
     int broken = -1;
 
@@ -317,11 +285,11 @@ KNL_API int knl_lars_update(int form, int count, float* const* weights,
     {
         const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
 #pragma omp single
-        waves = waves_of(tensors, threads);
+        waves = waves_of(tensors, squares ? INT64_MAX : cached_elements(threads));
         for (const Wave& wave : waves) {
             const Wave mine = share_of(wave, pieces, thread, threads);
             for (int p = mine.first_piece; p < mine.last_piece; ++p)
-                add_squares(tensors[pieces[p].tensor], p, pieces[p], gradient_squares);
+                add_squares(tensors[pieces[p].tensor], p, pieces[p], squares, gradient_squares);
 #pragma omp barrier
             // Every thread judges the whole wave, so that all leave it alike without another wait.
             const int found = broken_in(wave, pieces, tensors, gradient_squares);

@@ -1,5 +1,6 @@
 // Sums over the ranks of one node, straight out of and into each other's buffers in shared memory.
-// See knl/comm/node.py for the protocol.
+// See knl/comm/node.py for the protocol. The squares of a sum are left too: whoever has it last in
+// registers adds them up, piece by piece of the tensors, so that LARS need not read it twice.
 
 #include <sched.h>
 
@@ -7,8 +8,9 @@
 #include <chrono>
 #include <cstdint>
 
+#include "squares.h"
+
 #define KNL_API extern "C" __attribute__((visibility("default")))
-#define KNL_MULTIVERSION __attribute__((target_clones("avx512f", "avx2", "default")))
 
 namespace {
 
@@ -22,29 +24,80 @@ struct Slot {
 };
 static_assert(sizeof(Slot) == 128, "knl/comm/node.py lays the slots out");
 
-constexpr int64_t kPiece = 4096;  // floats of a thread's turn
-constexpr int64_t kLine = 16;
-constexpr int64_t kAhead = 512;
-
-typedef float Line __attribute__((vector_size(64), aligned(4), may_alias));
-
-// In the order of ranks, whoever adds: every rank gets the same bits.
-KNL_MULTIVERSION void sum_piece(float* const* buffers, int ranks, int first, int last,
-                                int64_t begin, int64_t end) {
+// In the order of ranks, whoever adds: every rank gets the same bits. Returns the sum of squares.
+template <typename Doubles>
+KNL_INLINE double sum(float* const* buffers, int ranks, int first, int last, int64_t begin,
+                      int64_t end) {
+    Sum<Doubles> squares;
     int64_t i = begin;
     for (; i + kLine <= end; i += kLine) {
-        Line sum = *reinterpret_cast<const Line*>(buffers[0] + i);
+        Floats low, high;
+        load(low, buffers[0] + i);
+        load(high, buffers[0] + i + kLine / 2);
         __builtin_prefetch(buffers[0] + i + kAhead, 1);
         for (int r = 1; r < ranks; ++r) {
-            sum += *reinterpret_cast<const Line*>(buffers[r] + i);
+            Floats more_low, more_high;
+            load(more_low, buffers[r] + i);
+            load(more_high, buffers[r] + i + kLine / 2);
+            low += more_low;
+            high += more_high;
             __builtin_prefetch(buffers[r] + i + kAhead, 1);
         }
-        for (int r = first; r < last; ++r) *reinterpret_cast<Line*>(buffers[r] + i) = sum;
+        for (int r = first; r < last; ++r) {
+            store(buffers[r] + i, low);
+            store(buffers[r] + i + kLine / 2, high);
+        }
+        squares.add(low, high);
     }
     for (; i < end; ++i) {
-        float sum = buffers[0][i];
-        for (int r = 1; r < ranks; ++r) sum += buffers[r][i];
-        for (int r = first; r < last; ++r) buffers[r][i] = sum;
+        float total = buffers[0][i];
+        for (int r = 1; r < ranks; ++r) total += buffers[r][i];
+        for (int r = first; r < last; ++r) buffers[r][i] = total;
+        squares.add(total);
+    }
+    return squares.total();
+}
+
+KNL_TARGET("avx512f") double sum_piece(float* const* buffers, int ranks, int first, int last,
+                                       int64_t begin, int64_t end) {
+    return sum<Wide>(buffers, ranks, first, last, begin, end);
+}
+KNL_TARGET("avx2") double sum_piece(float* const* buffers, int ranks, int first, int last,
+                                    int64_t begin, int64_t end) {
+    return sum<Narrow>(buffers, ranks, first, last, begin, end);
+}
+KNL_TARGET("default") double sum_piece(float* const* buffers, int ranks, int first, int last,
+                                       int64_t begin, int64_t end) {
+    return sum<Narrow>(buffers, ranks, first, last, begin, end);
+}
+
+KNL_TARGET("avx512f") double squares_of(const float* x, int64_t n) { return squares<Wide>(x, n); }
+KNL_TARGET("avx2") double squares_of(const float* x, int64_t n) { return squares<Narrow>(x, n); }
+KNL_TARGET("default") double squares_of(const float* x, int64_t n) { return squares<Narrow>(x, n); }
+
+// Of all ranks of the node: buffers[rank][element], squares[rank][piece].
+struct Shared {
+    float* const* buffers;
+    int ranks;
+    const int64_t* ends;  // of the pieces
+    double* const* squares;
+
+    int64_t begin(int64_t piece) const { return piece ? ends[piece - 1] : 0; }
+};
+
+void add_up(const Shared& s, int first, int last, int64_t piece) {
+    const double sum =
+        sum_piece(s.buffers, s.ranks, first, last, s.begin(piece), s.ends[piece]);
+    for (int r = first; r < last; ++r) s.squares[r][piece] = sum;
+}
+
+void spread(const Shared& s, int from, int64_t piece) {
+    const int64_t begin = s.begin(piece), size = s.ends[piece] - begin;
+    const float* mine = s.buffers[from] + begin;
+    const double sum = squares_of(mine, size);
+    for (int r = 0; r < s.ranks; ++r) {
+        if (r != from) std::copy(mine, mine + size, s.buffers[r] + begin);
+        s.squares[r][piece] = sum;
     }
 }
 
@@ -79,22 +132,24 @@ KNL_API int knl_node_wait(const Slot* const* slots, int ranks, int spread, uint6
     }
 }
 
-// Adds elements begin to end of all buffers up, with all threads, and writes the sum into those of
-// ranks `first` to `last`.
-KNL_API void knl_node_sum(float* const* buffers, int ranks, int first, int last, int64_t begin,
-                          int64_t end) {
+// Elements that have a sum of squares of their own, at most.
+KNL_API int64_t knl_piece() { return kPiece; }
+
+// Adds pieces `first_piece` to `last_piece` of all buffers up, with all threads, and writes the sum
+// into those of ranks `first` to `last`, and its squares into squares[rank][piece]. ends[p]: where
+// in the buffers piece p ends and the next one begins.
+KNL_API void knl_node_sum(float* const* buffers, int ranks, int first, int last,
+                          const int64_t* ends, int64_t first_piece, int64_t last_piece,
+                          double* const* squares) {
+    const Shared shared{buffers, ranks, ends, squares};
 #pragma omp parallel for schedule(static)
-    for (int64_t i = begin; i < end; i += kPiece)
-        sum_piece(buffers, ranks, first, last, i, std::min(i + kPiece, end));
+    for (int64_t p = first_piece; p < last_piece; ++p) add_up(shared, first, last, p);
 }
 
-// Copies elements begin to end of rank `from`'s buffer into all others.
-KNL_API void knl_node_spread(float* const* buffers, int ranks, int from, int64_t begin,
-                             int64_t end) {
+// Copies these pieces of rank `from`'s buffer into all others, and their squares to all.
+KNL_API void knl_node_spread(float* const* buffers, int ranks, int from, const int64_t* ends,
+                             int64_t first_piece, int64_t last_piece, double* const* squares) {
+    const Shared shared{buffers, ranks, ends, squares};
 #pragma omp parallel for schedule(static)
-    for (int64_t i = begin; i < end; i += kPiece)
-        for (int r = 0; r < ranks; ++r)
-            if (r != from)
-                std::copy(buffers[from] + i, buffers[from] + std::min(i + kPiece, end),
-                          buffers[r] + i);
+    for (int64_t p = first_piece; p < last_piece; ++p) spread(shared, from, p);
 }

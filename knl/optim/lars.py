@@ -79,6 +79,7 @@ class Lars:
         # The kernel leaves the squares of the weights here. They are good for as long as a tensor
         # is where it was and torch has counted no other change to it.
         pieces = [kernels.knl_lars_pieces(p.numel()) for p in self.parameters]
+        self.pieces = np.array(pieces, dtype=np.int64)
         self._squares = np.empty(sum(pieces))
         firsts = np.cumsum([0, *pieces[:-1]], dtype=np.uint64)
         self._squares_at = self._squares.ctypes.data + firsts * np.uint64(self._squares.itemsize)
@@ -88,7 +89,7 @@ class Lars:
         self._update = kernels.knl_lars_update
         self._update.argtypes = [
             ctypes.c_int, ctypes.c_int, *[ctypes.c_void_p] * 9, *[ctypes.c_double] * 5,
-            ctypes.c_void_p,
+            *[ctypes.c_void_p] * 2,
         ]  # fmt: skip
 
     def step(self, lr: float, grad_scale: float) -> StepReport:
@@ -103,6 +104,7 @@ class Lars:
         gradients: Sequence[torch.Tensor | None],
         lr: float,
         grad_scale: float,
+        squares: NDArray[np.float64] | None = None,
     ) -> None:
         """Update the parameters of these `numbers` with learning rate `lr`.
 
@@ -110,12 +112,17 @@ class Lars:
         not come; they count `grad_scale` times themselves. Raises NonFiniteError naming the layer
         whose gradient or weight is infinite or not a number: its weights are as they were, but
         layers before it in the call may have moved, so training goes on from a checkpoint.
+        `squares`: sums of squares of these gradients, of each one every so many elements in the
+        order of memory (native/squares.h; `pieces` says how many), where somebody has made them as
+        he had the gradients at hand; then they are read once.
         """
         parameters = [self.parameters[n] for n in numbers]
         sources = [_like(p, gradient) for p, gradient in zip(parameters, gradients)]
         which = np.asarray(numbers)
         now = [(p.data_ptr(), p._version) for p in parameters]
         trust = np.ones(len(parameters))
+        if squares is not None and len(squares) != (pieces := self.pieces[which].sum()):
+            raise InputError(f"{len(squares)} sums of squares for {pieces} pieces of gradients")
         arrays = (
             np.array([address for address, _ in now], dtype=np.uint64),
             _addresses(sources),
@@ -130,6 +137,7 @@ class Lars:
         broken = self._update(
             self.form, len(parameters), *(array.ctypes.data for array in arrays),
             lr, self.momentum, self.eta, self._max_trust, grad_scale, trust.ctypes.data,
+            None if squares is None else squares.ctypes.data,
         )  # fmt: skip
         for n, seen in zip(numbers, now):
             self._seen[n] = seen if broken < 0 else None

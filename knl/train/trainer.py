@@ -75,6 +75,7 @@ class Trainer:
             first_bucket_bytes=int(comm.first_bucket_mb * _MB),
             timeout=self.timeout,
             carry=_COUNTED + self.statistics.size,
+            narrow=comm.dtype == "bf16",
         )
         o = recipe.optim
         self.damage = Damage(dataset, ranks, recipe.data.max_damaged, self.timeout)
@@ -219,7 +220,8 @@ class Trainer:
                 if not math.isfinite(loss):
                     raise _NothingMovedError("loss")
             try:
-                self.optimiser.update(members, gradients, lr, scale)
+                squares = self.sync.squares(members)
+                self.optimiser.update(members, gradients, lr, scale, squares)
             except NonFiniteError as error:
                 raise NonFiniteError(f"gradient of {error}") from None
         return loss

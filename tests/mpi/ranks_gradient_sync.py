@@ -20,6 +20,7 @@ from knl.comm.collectives import Ranks, open_ranks
 from knl.comm.gradient_sync import GradientSync
 from knl.errors import CollectiveTimeoutError, FailedError
 from knl.models.resnet import resnet50
+from knl.optim.lars import Lars
 
 MB = 1024 * 1024
 
@@ -175,6 +176,30 @@ def carried_numbers(ranks: Ranks) -> None:
         assert sorted(sync.order) == list(range(len(sync.parameters)))
 
 
+def squares_for_lars(ranks: Ranks) -> None:
+    """Updates with the squares that came with the sums move weights as without them, to the bit."""
+    torch.manual_seed(ranks.world.rank)
+    first = resnet50(3, 50, zero_init_gamma=False)
+    results = []
+    for given in (False, True):
+        model = copy.deepcopy(first)
+        sync = synced(model, ranks)
+        options = dict(form="paper", momentum=0.9, weight_decay=1e-4, eta=0.01, skip=("bias",))
+        lars = Lars(named(model), **options)
+        for step in range(3):  # the buckets are laid out anew after the first
+            torch.manual_seed(10 * step + ranks.world.rank)
+            sync.zero()
+            sync.arm()
+            model(torch.randn(2, 3, 64, 64)).square().mean().backward()
+            for members, gradients in sync.arrivals():
+                squares = sync.squares(members)
+                assert squares is not None
+                lars.update(members, gradients, 0.1, 0.5, squares if given else None)
+        results.append([*(p.detach() for p in lars.parameters), torch.from_numpy(lars.trust)])
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+    assert lars.trust.std() > 0
+
+
 def order_of_arrival(ranks: Ranks) -> None:
     """Buckets take rank 0's order; here it passes a branch that the others leave out."""
     model, order = Branches(), []
@@ -294,8 +319,8 @@ def main(folder: Path) -> None:
         with checks.check(f"rank {user} alone uses a branch"):
             some_unused(ranks, user)
     for check in (
-        order_of_arrival, carried_number, carried_numbers, weights_of_rank_0, different_models,
-        different_buckets, changed_weight, late_rank,
+        squares_for_lars, order_of_arrival, carried_number, carried_numbers, weights_of_rank_0,
+        different_models, different_buckets, changed_weight, late_rank,
     ):  # fmt: skip
         with checks.check(check.__name__):
             check(ranks)

@@ -66,6 +66,30 @@ def same_bits(ranks: Ranks, bootstrap: Bootstrap) -> None:
     assert len(set(sums)) == 1
 
 
+def squares_like_numpy(ranks: Ranks, bootstrap: Bootstrap) -> None:
+    """Those of the tensors at the beginning of a buffer, a number for each 4096 elements, the same
+    to the bit on every rank and with any number of threads; LARS would make the same itself."""
+    node, rank = ranks.collectives, ranks.world.rank
+    runs = [[7, 9000, 4096, 1, 40_000], [3], []]
+    buffers = node.buffers([sum(run) + rest for run, rest in zip(runs, (5000, 0, 10))], runs)
+    told = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        for buffer in buffers:
+            buffer.copy_(torch.from_numpy(values(buffer.numel(), rank, 3)))
+        for handle in [node.allreduce(buffer) for buffer in buffers]:
+            handle.wait(LIMIT_S)
+        for run, buffer in zip(runs, buffers):
+            tensors = np.split(buffer.numpy().astype(np.float64), np.cumsum(run, dtype=int))[:-1]
+            pieces = [t[at : at + 4096] for t in tensors for at in range(0, t.size, 4096)]
+            exact = [np.square(piece).sum() for piece in pieces]
+            np.testing.assert_allclose(node.squares(buffer), exact, rtol=1e-12)
+        told += bootstrap.gather(b"".join(node.squares(b).tobytes() for b in buffers).hex())
+    torch.set_num_threads(1)
+    assert len(set(told)) == 1
+    assert node.squares(torch.ones(3)) is None and node.squares(buffers[0][:7]) is None
+
+
 def other_tensors_go_by_the_provider(ranks: Ranks) -> None:
     node = ranks.collectives
     (buffer,) = node.buffers([4096])
@@ -157,6 +181,8 @@ def main(folder: Path) -> None:
                 sums_like_numpy(ranks)
             with checks.check(f"{provider}, {name}: same bits"):
                 same_bits(ranks, checks.bootstrap)
+            with checks.check(f"{provider}, {name}: squares"):
+                squares_like_numpy(ranks, checks.bootstrap)
             with checks.check(f"{provider}, {name}: others"):
                 other_tensors_go_by_the_provider(ranks)
             if name == "one node":

@@ -31,6 +31,10 @@ def test_unused_and_frozen_parameters_do_not_disturb_the_sum_of_lanes(ranks, ran
     ranks.require(f"rank {rank} alone uses a branch")
 
 
+def test_the_squares_that_come_with_sums_are_those_that_lars_would_make(ranks):
+    ranks.require("squares_for_lars")
+
+
 def test_buckets_adopt_the_order_in_which_rank_0_s_gradients_arrive(ranks):
     ranks.require("order_of_arrival")
 
@@ -86,7 +90,7 @@ def test_a_world_of_one_has_no_buckets_and_no_hooks(monkeypatch):
         model(torch.ones(1, 3)).sum().backward()
         sync.finish()
         assert sync.waited == 0.0
-        assert sync.buckets == []
+        assert sync.buckets == [] and sync.squares([0]) is None
         assert model.weight.grad.eq(1).all()
 
 

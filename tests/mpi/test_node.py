@@ -27,6 +27,11 @@ def test_all_ranks_get_the_same_bits(ranks, provider, layout):
 
 
 @everywhere
+def test_a_sum_leaves_its_squares_the_same_on_all_ranks(ranks, provider, layout):
+    ranks.require(f"{provider}, {layout}: squares")
+
+
+@everywhere
 def test_tensors_elsewhere_are_summed_by_the_provider(ranks, provider, layout):
     ranks.require(f"{provider}, {layout}: others")
 

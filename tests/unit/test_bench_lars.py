@@ -31,9 +31,12 @@ def test_fused_sgd_is_there_or_a_reason(result):
     fused = result["torch_fused_sgd_ms"]
     if torch.__version__.startswith("1."):
         assert fused is None and result["ratio_to_fused_sgd"] is None
+        assert result["summed_ratio_to_fused_sgd"] is None
         assert "fused" in result["torch_fused_sgd_reason"]
     else:
         assert result["ratio_to_fused_sgd"] == pytest.approx(result["knl_ms"] / fused)
+        summed = result["summed_ratio_to_fused_sgd"]
+        assert summed == pytest.approx(result["knl_summed_ms"] / fused)
     assert "triad" in describe(result)
 
 

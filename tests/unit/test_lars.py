@@ -13,14 +13,14 @@ import pytest
 import torch
 from numpy.linalg import norm
 
-from knl.errors import NonFiniteError
+from knl.errors import InputError, NonFiniteError
 from knl.optim.lars import FORMS, Lars
 
 MOMENTUM, DECAY, ETA, STEPS = 0.9, 2e-5, 0.002, 50
 DEFAULT_SKIP = ("bias", "norm")
 SHAPES = {
     "conv.weight": (16, 8, 3, 3),  # made channels_last
-    "long.weight": (150, 130),  # more than one of the kernel's chunks of 16,384
+    "long.weight": (150, 130),  # more than one of the kernel's pieces
     "one.weight": (1, 1),
     "norm.weight": (32,),
     "norm.bias": (32,),
@@ -289,6 +289,81 @@ def test_a_large_layer_that_is_not_finite_stays_as_it_was():
     named[1][1].grad[899, 799] = 0.0
     lars.step(0.1, 1.0)  # and norms are made anew
     assert not torch.equal(before, named[1][1])
+
+
+PIECE = 4096  # squares.h
+
+
+def squares_of(gradients):
+    """As a sum over ranks leaves them: of each tensor one number a piece."""
+    flat = [np.asarray(g, dtype=np.float64).ravel() for g in gradients]
+    pieces = [g[at : at + PIECE] for g in flat for at in range(0, g.size, PIECE)]
+    return np.array([np.square(piece).sum() for piece in pieces])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1, 15, 16, 17, 4095, 4096, 4097, 3 * 4096 + 16, 300_001])
+def test_norms_are_exact_to_more_digits_than_a_float_has(size, dtype):
+    random = np.random.default_rng(size)
+    w = torch.tensor(random.normal(size=size), dtype=torch.float32)
+    g = torch.tensor(random.normal(size=size) + 0.1, dtype=dtype)
+    exact = [norm(x.double().numpy()) for x in (w, g)]
+    lars = optimiser([("w", torch.nn.Parameter(w.clone()))], "torch", skip=(), decay=0.0)
+    for number in range(2):  # of weights from memory, then of those that the update had at hand
+        lars.update([0], [g], 0.1, 1.0)
+        assert lars.trust[0] == pytest.approx(ETA * exact[0] / exact[1], rel=1e-12), number
+        exact[0] = norm(lars.parameters[0].detach().double().numpy())
+
+
+@pytest.mark.parametrize("group", [None, 1, 2])
+@pytest.mark.parametrize("form", FORMS)
+def test_squares_that_are_given_move_weights_as_those_that_are_made(form, group):
+    results = []
+    for given in (False, True):
+        named = start({**SHAPES, **LARGE})
+        lars = optimiser(named, form)
+        for step in range(3):
+            values = gradients(named, step)
+            set_gradients(named, values)
+            for first in range(0, len(named), group or len(named)):
+                some = range(first, min(first + (group or len(named)), len(named)))
+                squares = squares_of([values[n] for n in some]) if given else None
+                lars.update(some, [named[n][1].grad for n in some], 0.3, 1.0, squares)
+        results.append([*(p.detach() for _, p in named), torch.from_numpy(lars.trust)])
+    for made, given in zip(*results):
+        assert torch.allclose(made, given, rtol=1e-6, atol=1e-7)
+
+
+def test_squares_that_are_given_are_the_ones_that_count():
+    named = start(LARGE)
+    values = gradients(named, 0)
+    set_gradients(named, values)
+    lars = optimiser(named, "torch", skip=(), decay=0.0)
+    some, given = range(3), [p.grad for _, p in named]
+    lars.update(some, given, 0.0, 1.0)  # nothing moves
+    before = lars.trust.copy()
+    lars.update(some, given, 0.0, 1.0, 4.0 * squares_of(values))
+    np.testing.assert_allclose(lars.trust[:2], before[:2] / 2.0, rtol=1e-9)
+
+
+def test_squares_that_are_not_finite_name_the_layer_and_no_weight_of_the_call_moves():
+    named = start(LARGE)
+    values = gradients(named, 0)
+    set_gradients(named, values)
+    before = [p.detach().clone() for _, p in named]
+    squares = squares_of(values)
+    squares[-2] = np.inf  # the last piece of the second tensor
+    with pytest.raises(NonFiniteError, match=re.escape("second.weight")):
+        optimiser(named, "paper").update(range(3), [p.grad for _, p in named], 0.1, 1.0, squares)
+    assert all(torch.equal(p, old) for (_, p), old in zip(named, before))
+
+
+def test_squares_for_other_tensors_are_refused():
+    named = start(LARGE)
+    set_gradients(named, gradients(named, 0))
+    lars = optimiser(named, "paper")
+    with pytest.raises(InputError, match=r"^7 sums of squares for 154 pieces of gradients$"):
+        lars.update([0], [named[0][1].grad], 0.1, 1.0, np.ones(7))
 
 
 @pytest.mark.parametrize("form", FORMS)
