@@ -8,10 +8,12 @@ The library is oneDNN 2.5 from PyPI, the last line with kernels for KNL.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import re
 import sys
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +21,7 @@ import torch
 
 from knl import native
 from knl.errors import FailedError, InputError
+from knl.packages import ONEDNN
 
 # What an operation computes, in the order of onednn.cpp's Pass.
 INFERENCE, FORWARD, BACKWARD_DATA, BACKWARD_WEIGHTS = range(4)
@@ -128,7 +131,11 @@ def isa() -> str:
 
 
 def library_path() -> Path:
-    """Where pip puts oneDNN: below the environment, beside the other stack's libraries."""
+    """Where pip has put oneDNN; where it should be, below the environment, if it has not."""
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        for file in metadata.files(ONEDNN) or ():
+            if file.name == "libdnnl.so.2":
+                return Path(str(file.locate())).resolve()
     return Path(sys.prefix) / "lib" / "libdnnl.so.2"
 
 
