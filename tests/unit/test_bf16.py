@@ -177,7 +177,7 @@ def test_a_check_that_has_no_time_or_fails_says_so():
     assert found == Check(True, "no accuracy check: it did not end in 0 s")
     failed = check({"PYTHONHASHSEED": "x"}, 60.0)
     assert not failed.passed
-    assert "its accuracy check failed: " in failed.told and "PYTHONHASHSEED" in failed.told
+    assert failed.told.startswith("its accuracy check failed: Python")
 
 
 @pytest.mark.slow
