@@ -2,8 +2,9 @@
 // as few passes over the activations as their statistics allow. See knl/models/norm.py.
 //
 // Activations are rows (sample and pixel) of channels, in float or bfloat16; all that is computed
-// from them is float or double, and what is written is rounded once. Work is split into tasks of
-// fixed size, whose partial sums are added in order: no bit depends on the number of threads.
+// from them is float or double, and what is written is rounded once. Within kernels channels go by
+// their places in a row (rows.h). Work is split into tasks of fixed size, whose partial sums are
+// added in order: no bit depends on the number of threads.
 
 #include <algorithm>
 #include <cmath>
@@ -246,13 +247,23 @@ KNL_INLINE void spread(Relu relu, const Given<T>& given, const Line& line, T* dx
 KNL_TASKS(float)
 KNL_TASKS(Half)
 
-// Scale and shift of y = scale x + shift.
-void affine_of(int64_t channels, const float* weight, const float* bias, const float* mean,
-               const float* inverse, std::vector<float>& scale, std::vector<float>& shift) {
-    for (int64_t c = 0; c < channels; ++c) {
-        scale[c] = weight[c] * inverse[c];
-        shift[c] = bias[c] - mean[c] * scale[c];
+// y = scale x + shift, and the mean of x, by the channels' places in rows of Ts.
+struct Affine {
+    std::vector<float> scale, shift, mean;
+};
+
+template <typename T>
+Affine affine_of(int64_t channels, const float* weight, const float* bias, const float* mean,
+                 const float* inverse) {
+    Affine affine{std::vector<float>(channels), std::vector<float>(channels),
+                  std::vector<float>(channels)};
+    for (int64_t p = 0; p < channels; ++p) {
+        const int64_t c = number_at<T>(p, channels);
+        affine.scale[p] = weight[c] * inverse[c];
+        affine.shift[p] = bias[c] - mean[c] * affine.scale[p];
+        affine.mean[p] = mean[c];
     }
+    return affine;
 }
 
 template <typename T>
@@ -262,7 +273,6 @@ void forward(const T* x, const T* add, T* y, int64_t rows, int64_t channels, con
     const std::vector<Task> tasks = tasks_of(rows, channels);
     const int64_t count = static_cast<int64_t>(tasks.size());
     std::vector<Moments> partial((tasks.back().part + 1) * channels);
-    std::vector<float> scale(channels), shift(channels);
 
 #pragma omp parallel for schedule(static)
     for (int64_t t = 0; t < count; ++t)
@@ -274,18 +284,19 @@ void forward(const T* x, const T* add, T* y, int64_t rows, int64_t channels, con
         for (int64_t c = task.first; c < task.first + task.width; ++c)
             merge(total[c], static_cast<double>(task.first_row), partial[task.part * channels + c],
                   static_cast<double>(task.last_row - task.first_row));
-    for (int64_t c = 0; c < channels; ++c) {
-        const double unbiased = total[c].squares / static_cast<double>(rows - 1);
-        mean[c] = static_cast<float>(total[c].mean);
+    for (int64_t p = 0; p < channels; ++p) {
+        const int64_t c = number_at<T>(p, channels);
+        const double unbiased = total[p].squares / static_cast<double>(rows - 1);
+        mean[c] = static_cast<float>(total[p].mean);
         inverse[c] = static_cast<float>(
-            1.0 / std::sqrt(total[c].squares / static_cast<double>(rows) + eps));
-        running_mean[c] += static_cast<float>(momentum * (total[c].mean - running_mean[c]));
+            1.0 / std::sqrt(total[p].squares / static_cast<double>(rows) + eps));
+        running_mean[c] += static_cast<float>(momentum * (total[p].mean - running_mean[c]));
         running_var[c] += static_cast<float>(momentum * (unbiased - running_var[c]));
     }
-    affine_of(channels, weight, bias, mean, inverse, scale, shift);
 
     const bool stream = streams(rows, channels, sizeof(T), y);
-    const Source<T> from{x, add, scale.data(), shift.data()};
+    const Affine affine = affine_of<T>(channels, weight, bias, mean, inverse);
+    const Source<T> from{x, add, affine.scale.data(), affine.shift.data()};
 
 #pragma omp parallel for schedule(static)
     for (int64_t t = 0; t < count; ++t)
@@ -300,9 +311,8 @@ void backward(const T* dy, const T* x, const T* y, int64_t rows, int64_t channel
     const int64_t count = static_cast<int64_t>(tasks.size());
     const Relu kind = !relu ? kNone : y ? kFromOutput : kFromInput;
     std::vector<Sums> partial((tasks.back().part + 1) * channels);
-    std::vector<float> scale(channels), shift(channels);
-    affine_of(channels, weight, bias, mean, inverse, scale, shift);
-    const Given<T> given{dy, x, y, scale.data(), shift.data(), mean};
+    const Affine affine = affine_of<T>(channels, weight, bias, mean, inverse);
+    const Given<T> given{dy, x, y, affine.scale.data(), affine.shift.data(), affine.mean.data()};
 
 #pragma omp parallel for schedule(static)
     for (int64_t t = 0; t < count; ++t)
@@ -317,13 +327,14 @@ void backward(const T* dy, const T* x, const T* y, int64_t rows, int64_t channel
         }
     Line line{std::vector<float>(channels), std::vector<float>(channels),
               std::vector<float>(channels)};
-    for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t p = 0; p < channels; ++p) {
+        const int64_t c = number_at<T>(p, channels);
         const double a = static_cast<double>(weight[c]) * inverse[c], n = static_cast<double>(rows);
-        line.a[c] = static_cast<float>(a);
-        line.b[c] = static_cast<float>(-a * inverse[c] * inverse[c] * total[c].product / n);
-        line.d[c] = static_cast<float>(-a * total[c].gradient / n);
-        dweight[c] = static_cast<float>(total[c].product * inverse[c]);
-        dbias[c] = static_cast<float>(total[c].gradient);
+        line.a[p] = static_cast<float>(a);
+        line.b[p] = static_cast<float>(-a * inverse[c] * inverse[c] * total[p].product / n);
+        line.d[p] = static_cast<float>(-a * total[p].gradient / n);
+        dweight[c] = static_cast<float>(total[p].product * inverse[c]);
+        dbias[c] = static_cast<float>(total[p].gradient);
     }
     const bool stream = streams(rows, channels, sizeof(T), dx);
 

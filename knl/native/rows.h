@@ -1,5 +1,9 @@
 // Rows of floats or of bfloat16, read as floats and written from floats. For kernels that a caller
 // compiles in several versions: all is inlined into it.
+//
+// Halves are taken apart as they lie, in words of two: of 32 numbers first come the even ones, then
+// the odd ones, which needs no instruction that moves numbers between lanes. So the numbers of a
+// row have places of their own, see number_at; what is left behind the last 32 keeps its order.
 
 #pragma once
 
@@ -25,20 +29,29 @@ KNL_INLINE void ask_ahead(const T* row, int64_t width) {
         __builtin_prefetch(bytes + at);
 }
 
-// Explicit vectors: those that the compiler finds for halves are slower.
 typedef float Floats __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint32_t Words __attribute__((vector_size(64), aligned(4), may_alias));
-typedef Half Halves __attribute__((vector_size(32), aligned(2), may_alias));
+typedef uint32_t Words __attribute__((vector_size(64), aligned(2), may_alias));
 constexpr int64_t kLanes = 16;
+constexpr uint32_t kUpper = 0xffff0000;
+
+// Which number of a row of `width` has this place in a row of Ts that was read.
+template <typename T>
+inline int64_t number_at(int64_t place, int64_t width) {
+    const int64_t lane = place % (2 * kLanes), first = place - lane;
+    if (sizeof(T) == sizeof(float) || first + 2 * kLanes > width) return place;
+    return first + (lane < kLanes ? 2 * lane : 2 * (lane - kLanes) + 1);
+}
 
 // A row in float: itself, or made in `room`.
 KNL_INLINE const float* widened(const float* row, int64_t, float*) { return row; }
 
 KNL_INLINE const float* widened(const Half* row, int64_t width, float* room) {
     int64_t c = 0;
-    for (; c + kLanes <= width; c += kLanes)
-        *reinterpret_cast<Words*>(room + c) =
-            __builtin_convertvector(*reinterpret_cast<const Halves*>(row + c), Words) << 16;
+    for (; c + 2 * kLanes <= width; c += 2 * kLanes) {
+        const Words pairs = *reinterpret_cast<const Words*>(row + c);
+        *reinterpret_cast<Words*>(room + c) = pairs << 16;
+        *reinterpret_cast<Words*>(room + c + kLanes) = pairs & kUpper;
+    }
     for (; c < width; ++c) {
         const uint32_t bits = static_cast<uint32_t>(row[c]) << 16;
         __builtin_memcpy(room + c, &bits, sizeof bits);
@@ -50,13 +63,12 @@ KNL_INLINE const float* widened(const Half* row, int64_t width, float* room) {
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 
-// To nearest, ties to even; a nan stays one.
+// With a bfloat16 in the upper half: the nearest, of two the even one; a nan stays one.
 template <typename Bits, typename Number>
-KNL_INLINE Bits narrowed(const Number& value) {
+KNL_INLINE Bits rounded(const Number& value) {
     Bits bits;
     __builtin_memcpy(&bits, &value, sizeof bits);
-    const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    return value == value ? rounded : bits >> 16 | 0x40;
+    return value == value ? bits + 0x7fff + ((bits >> 16) & 1) : bits | 0x400000;
 }
 
 // Past the caches.
@@ -68,7 +80,7 @@ KNL_INLINE void write_line(T* out, const T* line) {
                          _mm_load_si128(reinterpret_cast<const __m128i*>(line + k)));
 }
 
-// Writes make(c) for each number c of a row.
+// Writes make(place) for each place of a row.
 template <bool stream, typename Make>
 KNL_INLINE void write_row(float* out, int64_t width, const Make& make) {
     for (int64_t c = 0; stream && c < width; c += kLanes) {
@@ -89,13 +101,13 @@ KNL_INLINE void write_row(Half* out, int64_t width, const Make& make) {
 #pragma omp simd
     for (int64_t c = 0; c < width; ++c) row[c] = make(c);
     int64_t c = 0;
-    for (; c + kLanes <= width; c += kLanes) {
-        const Floats values = *reinterpret_cast<const Floats*>(row + c);
-        Half* const to = stream ? line + c % (2 * kLanes) : out + c;
-        *reinterpret_cast<Halves*>(to) = __builtin_convertvector(narrowed<Words>(values), Halves);
-        if (stream && c % (2 * kLanes)) write_line(out + c - kLanes, line);
+    for (; c + 2 * kLanes <= width; c += 2 * kLanes) {
+        const Words even = rounded<Words>(*reinterpret_cast<const Floats*>(row + c));
+        const Words odd = rounded<Words>(*reinterpret_cast<const Floats*>(row + c + kLanes));
+        *reinterpret_cast<Words*>(stream ? line : out + c) = even >> 16 | (odd & kUpper);
+        if (stream) write_line(out + c, line);
     }
-    for (; c < width; ++c) out[c] = static_cast<Half>(narrowed<uint32_t>(row[c]));
+    for (; c < width; ++c) out[c] = static_cast<Half>(rounded<uint32_t>(row[c]) >> 16);
 }
 
 #pragma GCC diagnostic pop
